@@ -11,7 +11,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use crate::lab::Family;
 use crate::owners::runtimes;
 use crate::run::{self, HARNESS_FAILED, RunRequest};
-use crate::{bench, chaos, privilege, scenario, verify};
+use crate::{bench, chaos, gateway, privilege, scenario, verify};
 
 const EXAMPLE: &str = "netns-harness run unread --count 3 -- ss -tnp";
 
@@ -58,6 +58,9 @@ enum Action {
     ///
     /// Exits with 1 if a bystander connection, a listener or the server was lost, or if a method acted on no socket.
     Chaos(chaos::Chaos),
+    /// Measure `cwkill gateway` on a router, also beside tcpkill, cutter and conntrack
+    #[command(subcommand)]
+    Gateway(gateway::Gateway),
     /// Let servers in C, Go, Java, JavaScript and Python leak until EMFILE, and recover them with `cwkill --reclaim`
     ///
     /// Fails if a server does not accept again, has ended, or a byte of its other connections is wrong.
@@ -132,6 +135,7 @@ fn run_action(action: Action) -> Result<i32> {
             )
         }
         Action::Bench(bench) => bench.run().map(|()| 0),
+        Action::Gateway(gateway) => gateway.run().map(|()| 0),
         Action::Recover(recover) => recover.run().map(|()| 0),
         Action::Chaos(chaos) => chaos.run(),
         Action::Verify {

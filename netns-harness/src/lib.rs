@@ -27,7 +27,7 @@
 //! - `privilege`: root, or root of a user namespace
 //! - `rtnetlink`: links and addresses; `program`: finds programs
 //! - `kernel`, `ss`: the sockets as the kernel and as `ss` show them; `verify`: compares them with a scenario
-//! - `bench`: compares `cwkill` with similar tools
+//! - `bench`: compares `cwkill` with similar tools; `gateway`: the same for `cwkill gateway` on a router
 //! - [`owners`]: real programs that leak, and the effect of reclaiming on them
 //! - [`chaos`]: bystander connections while `cwkill` runs
 //! - `run`, `cli`: the program `netns-harness`
@@ -36,6 +36,7 @@ mod agent;
 mod bench;
 pub mod chaos;
 pub mod cli;
+mod gateway;
 mod host;
 mod kernel;
 mod lab;
@@ -63,7 +64,7 @@ pub use lab::{Conn, Family, Lab, Leak, Listen, Options, Pair, wait_for};
 pub use nix::sys::signal::Signal;
 pub use privilege::{FORCE_USERNS, ensure_privileges};
 pub use role::run_role;
-pub use router::{Routed, Side};
+pub use router::{Nat, Routed, Side};
 pub use ss::{SsOwner, SsRow};
 pub use verify::{check, verify};
 

@@ -1,9 +1,10 @@
 //! Three hosts: a client, a server, and a router between them, which has a link to each.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 
 use crate::host::Host;
 use crate::lab::Family;
@@ -24,6 +25,25 @@ pub struct Routed {
     pub router: Host,
     /// Its link is `server` on the router.
     pub server: Host,
+}
+
+/// The addresses that the router translates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "lowercase")]
+pub enum Nat {
+    /// None: the ends see the addresses of each other.
+    None,
+    /// The server sees the router as the client.
+    Masquerade,
+    /// The client sees the router as the server (DNAT).
+    Redirect,
+    /// Both of these.
+    Both,
+}
+
+impl Nat {
+    /// Each of them.
+    pub const ALL: [Nat; 4] = [Nat::None, Nat::Masquerade, Nat::Redirect, Nat::Both];
 }
 
 /// An end of a link to the router.
@@ -97,6 +117,64 @@ impl Routed {
             router,
             server,
         })
+    }
+
+    /// Adds rules to the router with nft(8): those of `nat`, and one that drops what conntrack calls invalid. Where the client sees the
+    /// router as the server, the first port of each pair leads to the second one, which is that of the server. Returns the addresses that
+    /// clients connect to, one for each pair.
+    ///
+    /// # Errors
+    /// nft(8) is missing or fails. It refuses a second call for the same family.
+    pub fn translate(
+        &self,
+        family: Family,
+        nat: Nat,
+        ports: &[(u16, u16)],
+    ) -> Result<Vec<SocketAddr>> {
+        let (router, server) = (Side::Client.router(family), Side::Server.host(family));
+        let ip = if server.is_ipv4() { "ip" } else { "ip6" };
+        let masquerade = match nat {
+            Nat::Masquerade | Nat::Both => "oifname server masquerade",
+            Nat::None | Nat::Redirect => "",
+        };
+        let is_redirected = matches!(nat, Nat::Redirect | Nat::Both);
+        let mut redirect = String::new();
+        let mut addresses = Vec::with_capacity(ports.len());
+        for &(public, port) in ports {
+            let to = SocketAddr::new(server, port);
+            if is_redirected {
+                redirect += &format!("{ip} daddr {router} tcp dport {public} dnat to {to}\n");
+            }
+            addresses.push(match is_redirected {
+                true => SocketAddr::new(router, public),
+                false => to,
+            });
+        }
+        let rules = format!(
+            "create table {ip} gateway
+            table {ip} gateway {{
+                chain prerouting {{
+                    type nat hook prerouting priority -100
+                    {redirect}
+                }}
+                chain postrouting {{
+                    type nat hook postrouting priority 100
+                    {masquerade}
+                }}
+                chain forward {{
+                    type filter hook forward priority 0
+                    ct state invalid drop
+                }}
+            }}"
+        );
+        let output = self.router.command("nft").arg(rules).output()?;
+        ensure!(
+            output.status.success(),
+            "nft ended with {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(addresses)
     }
 }
 

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
-use netns_harness::Family;
 use netns_harness::chaos::{self, Killer, METHODS, Options, Report};
+use netns_harness::{Family, Nat};
 
 use crate::support::CWKILL;
 use crate::trial::{Test, each_family, once};
@@ -14,6 +14,8 @@ use crate::trial::{Test, each_family, once};
 pub const TESTS: &[Test] = &[
     each_family!(no_bystander_is_lost).slow(),
     once!(half_closed_streams_live_under_the_minimum_age).slow(),
+    each_family!(no_bystander_is_lost_through_a_gateway).slow(),
+    once!(a_killer_on_a_gateway_that_ignores_the_state_is_detected).slow(),
     once!(a_killer_that_ignores_the_state_is_detected).slow(),
     once!(a_killer_by_stale_addresses_is_detected).slow(),
     once!(a_killer_of_listeners_is_detected).slow(),
@@ -26,6 +28,9 @@ const ACTS: u64 = 100;
 /// Acts of each method under a minimum age, and half-closed streams that finish meanwhile.
 const YOUNG_ACTS: u64 = 10;
 const STREAMS: u64 = 21;
+
+/// Acts of each killer on a gateway. An idle connection must be five seconds old.
+const GATEWAY_ACTS: u64 = 50;
 
 /// Longest duration of a run. It ends as soon as it has its acts, on an idle machine after a twentieth of this.
 const SECONDS: u64 = 300;
@@ -81,6 +86,31 @@ fn half_closed_streams_live_under_the_minimum_age() -> Result<()> {
     let report = chaos::run(&options, &killers)?;
     faultless(&report);
     assert!(report.streams() >= STREAMS, "{report}");
+    Ok(())
+}
+
+/// `cwkill gateway --cut` runs on a router with NAT.
+fn no_bystander_is_lost_through_a_gateway(family: Family) -> Result<()> {
+    let options = Options {
+        family,
+        acts: Some(GATEWAY_ACTS),
+        gateway: Some(Nat::Both),
+        ..options(SECONDS)
+    };
+    let killers = Killer::gateway(Path::new(CWKILL), options.ports());
+    faultless(&chaos::run(&options, &killers)?);
+    Ok(())
+}
+
+fn a_killer_on_a_gateway_that_ignores_the_state_is_detected() -> Result<()> {
+    let line = [CWKILL, "gateway", "--all", "--cut", "--active"];
+    let options = Options {
+        losses: Some(1),
+        gateway: Some(Nat::Both),
+        ..options(SECONDS)
+    };
+    let report = chaos::run(&options, &[Killer::other("active", line)])?;
+    assert!(!report.losses.is_empty(), "{report}");
     Ok(())
 }
 

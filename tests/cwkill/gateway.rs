@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
-use netns_harness::{Agent, Capability, Dial, Endpoint, Family, Fd, How, Routed, Side, wait_for};
+use netns_harness::{
+    Agent, Capability, Dial, Endpoint, Family, Fd, How, Nat, Routed, Side, wait_for,
+};
 use serde_json::Value;
 
 use crate::support::{CWKILL, PATIENCE, Ran, at, ran};
@@ -20,17 +22,6 @@ pub const TESTS: &[Test] = &[
     once!(without_connection_tracking_it_says_why_nothing_is_listed),
     once!(it_needs_cap_net_admin_and_nothing_else),
 ];
-
-/// The rules of the router besides the one that drops what conntrack calls invalid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Nat {
-    None,
-    Masquerade,
-    Redirect,
-    Both,
-}
-
-pub const ALL_NAT: [Nat; 4] = [Nat::None, Nat::Masquerade, Nat::Redirect, Nat::Both];
 
 /// The port of the server, and the one that the router sends there.
 const PORT: u16 = 7000;
@@ -49,59 +40,25 @@ pub struct Gateway {
 impl Gateway {
     pub fn start(family: Family, nat: Nat) -> Result<Self> {
         let lab = Routed::new()?;
-        let (router, server) = (Side::Client.router(family), Side::Server.host(family));
-        let ip = if server.is_ipv4() { "ip" } else { "ip6" };
-        let masquerade = match nat {
-            Nat::Masquerade | Nat::Both => "oifname server masquerade",
-            Nat::None | Nat::Redirect => "",
-        };
-        let (redirect, to) = match nat {
-            Nat::Redirect | Nat::Both => (
-                format!(
-                    "{ip} daddr {router} tcp dport {SERVICE} dnat to {}",
-                    SocketAddr::new(server, PORT)
-                ),
-                SocketAddr::new(router, SERVICE),
-            ),
-            Nat::None | Nat::Masquerade => (String::new(), SocketAddr::new(server, PORT)),
-        };
-        let rules = format!(
-            "table {ip} gateway {{
-                chain prerouting {{ type nat hook prerouting priority -100; {redirect}; }}
-                chain postrouting {{ type nat hook postrouting priority 100; {masquerade}; }}
-                chain forward {{
-                    type filter hook forward priority 0;
-                    ct state invalid drop
-                }}
-            }}"
-        );
-        let gateway = Gateway {
-            client: lab.client.agent("client")?,
-            server: lab.server.agent("server")?,
-            lab,
-            listener: Fd(-1),
-            to,
-        };
-        gateway.nft(&rules)?;
+        let to = lab.translate(family, nat, &[(SERVICE, PORT)])?[0];
+        let (client, server) = (lab.client.agent("client")?, lab.server.agent("server")?);
         let any = match family {
             Family::V4 => "0.0.0.0",
             Family::V6 | Family::Mapped => "::",
         };
-        let listener = gateway.server.listen(
-            SocketAddr::new(any.parse()?, PORT),
-            family == Family::V6,
-            1024,
-        )?;
+        let any = SocketAddr::new(any.parse()?, PORT);
+        let listener = server.listen(any, family == Family::V6, 1024)?;
         Ok(Gateway {
+            lab,
+            client,
+            server,
             listener,
-            ..gateway
+            to,
         })
     }
 
     /// Adds rules to the router.
     pub fn nft(&self, rules: &str) -> Result<()> {
-        // An empty statement is a syntax error.
-        let rules = rules.replace("; ;", ";");
         let script = format!("nft -f - <<'END'\n{rules}\nEND");
         self.sh(&script)
     }
@@ -149,7 +106,7 @@ fn endpoint(value: &Value, pointer: &str) -> Result<SocketAddr> {
 
 /// What `ss` says of both ends is what conntrack says of both directions.
 fn connections_are_listed_with_nat_both_ways(family: Family) -> Result<()> {
-    for nat in ALL_NAT {
+    for nat in Nat::ALL {
         let gateway = Gateway::start(family, nat)?;
         let pairs = gateway.connect(3)?;
         let at_client = gateway.lab.client.ss(&["state", "connected"])?;

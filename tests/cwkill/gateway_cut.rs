@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use netns_harness::{
-    Agent, Capability, Dial, End, Endpoint, Family, Fd, Host, Recv, Side, SocketOption, TcpState,
-    wait_for,
+    Agent, Capability, Dial, End, Endpoint, Family, Fd, Host, Nat, Recv, Side, SocketOption,
+    TcpState, wait_for,
 };
 use serde_json::Value;
 
-use crate::gateway::{ALL_NAT, Gateway, Nat};
+use crate::gateway::Gateway;
 use crate::support::{CWKILL, PATIENCE, Ran, at, ran};
 use crate::trial::{Test, each_family, once};
 
@@ -86,7 +86,7 @@ pub fn carries_data(gateway: &Gateway, (client, server): (Endpoint, Endpoint)) -
 }
 
 fn idle_connections_are_cut_at_both_ends_and_a_bystander_lives(family: Family) -> Result<()> {
-    for nat in ALL_NAT {
+    for nat in Nat::ALL {
         let gateway = Gateway::start(family, nat)?;
         let bystander = gateway.connect(1)?[0];
         let pairs = gateway.connect(4)?;

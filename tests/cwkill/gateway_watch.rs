@@ -6,12 +6,12 @@ use std::process::{Child, ChildStdout, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use netns_harness::{Dial, Endpoint, Family, Fd, HostCommand, Recv, Side, wait_for};
+use netns_harness::{Dial, Endpoint, Family, Fd, HostCommand, Nat, Recv, Side, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::gateway::{Gateway, Nat};
+use crate::gateway::Gateway;
 use crate::gateway_cut::{carries_data, connections, segments_in};
 use crate::support::{CWKILL, PATIENCE, Ran, at, ran};
 use crate::trial::{Test, each_family, once};

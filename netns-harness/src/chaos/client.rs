@@ -60,6 +60,9 @@ pub(crate) struct Config {
     pub stuck_percent: u32,
     /// Stuck connections last longer than the minimum age by at most one of these times, in milliseconds.
     pub held_ms: [u32; 4],
+    /// A killer on a gateway ends connections that are idle for this long, and those of which one end has sent its FIN. Half of the stuck
+    /// connections are idle ones.
+    pub idle_ms: Option<u32>,
 }
 
 /// Counters of the clients.
@@ -85,6 +88,11 @@ pub(crate) struct ClientStats {
     pub stuck_silent: u64,
     /// Stuck connections that the client's host forgot.
     pub stuck_forgotten: u64,
+    /// Idle connections that a killer has ended, and those that it has not.
+    pub idle_ended: u64,
+    pub idle_left: u64,
+    /// Bystanders that were reset after one of their ends had got no processor time for as long as an idle connection lasts.
+    pub overslept: u64,
     /// Handshakes that failed, by errno.
     pub refused: BTreeMap<String, u64>,
     /// Handshakes of more than [`SLOW`].
@@ -107,6 +115,9 @@ impl ClientStats {
         self.stuck_reset += other.stuck_reset;
         self.stuck_silent += other.stuck_silent;
         self.stuck_forgotten += other.stuck_forgotten;
+        self.idle_ended += other.idle_ended;
+        self.idle_left += other.idle_left;
+        self.overslept += other.overslept;
         for (errno, count) in other.refused {
             *self.refused.entry(errno).or_default() += count;
         }
@@ -156,6 +167,28 @@ enum End {
     ClientCloses,
     /// The client resets after the last byte, which leaves no TIME-WAIT on either side.
     ClientResets,
+}
+
+/// When bytes of a connection have moved, as its client knows it: the last four times.
+struct Moved([Instant; 4]);
+
+impl Default for Moved {
+    fn default() -> Self {
+        Self([Instant::now(); 4])
+    }
+}
+
+impl Moved {
+    fn mark(&mut self) {
+        self.0.rotate_left(1);
+        self.0[3] = Instant::now();
+    }
+
+    /// The longest time without bytes, from the first of these times until now.
+    fn longest_gap(&self) -> Duration {
+        let gaps = self.0.windows(2).map(|pair| pair[1] - pair[0]);
+        gaps.fold(self.0[3].elapsed(), Duration::max)
+    }
 }
 
 struct Client<'a> {
@@ -216,7 +249,12 @@ impl<'a> Client<'a> {
             if u32::from(self.number) % LONG_LIVED == 0 {
                 self.bystander(connection, id, None);
             } else if self.random.up_to(99) < self.config.stuck_percent {
-                self.stuck(connection, id)?;
+                match self.config.idle_ms {
+                    Some(idle_ms) if self.random.once_in(2) => {
+                        self.idle(connection, id, idle_ms)?;
+                    }
+                    _ => self.stuck(connection, id)?,
+                }
             } else if self.config.min_age_ms.is_some() && self.random.once_in(3) {
                 self.stream(connection, id);
             } else {
@@ -293,6 +331,7 @@ impl<'a> Client<'a> {
             _ => End::ClientResets,
         };
         let mut round = 0;
+        let mut moved = Moved::default();
         loop {
             let last = rounds == Some(round + 1) || self.stopped();
             let header = Header {
@@ -309,12 +348,23 @@ impl<'a> Client<'a> {
             };
             let done = connection
                 .send_request(&header)
-                .and_then(|()| connection.read_reply(&header, round))
+                .and_then(|()| {
+                    moved.mark();
+                    connection.read_reply(&header, round)
+                })
                 .and_then(|()| match header.then {
-                    Then::ServerCloses => connection.read_end(),
+                    Then::ServerCloses => self.read_end(&mut connection),
                     _ => Ok(()),
                 });
             if let Err(error) = done {
+                // A connection that the killer is to end. Data may have moved since its last look.
+                let idle_ms = self.config.idle_ms.map(u64::from);
+                let is_idle =
+                    idle_ms.is_some_and(|ms| moved.longest_gap() >= Duration::from_millis(ms));
+                if error.is_reset() && is_idle {
+                    self.stats.overslept += 1;
+                    return;
+                }
                 self.lost(&connection, id, kind, round, error);
                 return;
             }
@@ -322,12 +372,22 @@ impl<'a> Client<'a> {
                 break;
             }
             round += 1;
+            moved.mark();
             thread::sleep(self.random.pause(pause_ms));
         }
         self.finished(&connection);
         self.stats.long_lived += u64::from(rounds.is_none());
         if let End::ClientResets = end {
             reset(&connection);
+        }
+    }
+
+    /// Reads the end that the server has announced. On a gateway, a killer may end a connection after its first FIN, and all bytes have
+    /// arrived by then.
+    fn read_end(&self, connection: &mut Connection) -> Result<(), WireError> {
+        match connection.read_end() {
+            Err(error) if error.is_reset() && self.config.idle_ms.is_some() => Ok(()),
+            ended => ended,
         }
     }
 
@@ -376,6 +436,43 @@ impl<'a> Client<'a> {
             }
             Err(error) => self.lost(&connection, id, "stream", replies_read, error),
         }
+    }
+
+    /// Sends some bytes, and then nothing for longer than `idle_ms`. From then on a killer on a gateway may end the connection. If it does
+    /// not, this client resets, closes or forgets it. Then it opens the next one on the same 4-tuple.
+    fn idle(&mut self, mut connection: Connection, id: u64, idle_ms: u32) -> Result<()> {
+        let header = Header {
+            id,
+            round: 0,
+            request: self.random.up_to(1 << 10),
+            reply: 0,
+            then: Then::Idle,
+        };
+        if let Err(error) = connection.send_request(&header) {
+            self.lost(&connection, id, "not yet idle", 0, error);
+            return Ok(());
+        }
+        let longest = self.config.held_ms[usize::try_from(self.random.up_to(3)).unwrap_or(0)];
+        // The kernel counts the age in seconds.
+        let ms = idle_ms + 1000 + self.random.up_to(longest);
+        connection
+            .stream
+            .set_read_timeout(Some(Duration::from_millis(ms.into())))?;
+        if connection.drain().is_err_and(|error| error.is_reset()) {
+            self.stats.idle_ended += 1;
+            return Ok(());
+        }
+        self.stats.idle_left += 1;
+        match self.random.up_to(2) {
+            0 => reset(&connection),
+            1 => {}
+            _ => {
+                setsockopt(&connection.stream, TcpRepair, &1).context("enter repair mode")?;
+                drop(connection);
+                thread::sleep(QUIET_TIME);
+            }
+        }
+        Ok(())
     }
 
     /// Sends some bytes and a FIN. From then on the server's socket is stuck, and a killer may close it.

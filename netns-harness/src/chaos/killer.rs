@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
+use super::IDLE;
 use crate::host::{Host, finish_within};
 
 /// How long one run may take. On a loaded machine it takes seconds; longer than this is a hang.
@@ -31,6 +32,8 @@ pub struct Killer {
     command: Vec<OsString>,
     /// It is `cwkill` and reports its results in JSON.
     reports: bool,
+    /// They are connections and not sockets.
+    is_gateway: bool,
 }
 
 impl Killer {
@@ -56,7 +59,27 @@ impl Killer {
             name: method.to_owned(),
             command,
             reports: true,
+            is_gateway: false,
         }
+    }
+
+    /// `cwkill gateway --cut` for connections to these ports: one for those that are idle for [`IDLE`], and one for those of which one end
+    /// has sent its FIN.
+    #[must_use]
+    pub fn gateway(program: &Path, [first, second]: [u16; 2]) -> [Self; 2] {
+        let idle = format!("established --min-age {}ms", IDLE.as_millis());
+        [("idle", idle.as_str()), ("close-wait", "close-wait")].map(|(name, states)| {
+            let line =
+                format!("gateway --cut --json --dport {first},{second} --conntrack-state {states}");
+            let mut command = vec![program.as_os_str().to_owned()];
+            command.extend(line.split(' ').map(OsString::from));
+            Self {
+                name: name.to_owned(),
+                command,
+                reports: true,
+                is_gateway: true,
+            }
+        })
     }
 
     /// Any other command, to see whether the run detects the harm it does. Its exit status is ignored.
@@ -66,6 +89,7 @@ impl Killer {
             name: name.to_owned(),
             command: command.into_iter().map(Into::into).collect(),
             reports: false,
+            is_gateway: false,
         }
     }
 }
@@ -120,6 +144,32 @@ impl KillStats {
         }
         Ok(())
     }
+
+    /// Counts a connection between other hosts. An act is an RST to an end of it.
+    fn add_forwarded(&mut self, result: &JsonForwardedResult) -> Result<()> {
+        let ends = [&result.source, &result.destination];
+        self.matched += 1;
+        self.acts += u64::from(ends.iter().any(|end| end.resets > 0));
+        match result.outcome.as_str() {
+            "cut" | "healed" => self.closed += 1,
+            "gone" => self.gone += 1,
+            "skipped" => self.skipped += 1,
+            "half" | "alive" | "failed" => self.failed += 1,
+            other => bail!("unknown outcome of cwkill gateway: {other}"),
+        }
+        if !matches!(result.outcome.as_str(), "cut" | "healed" | "gone") {
+            let mut reason = result.outcome.clone();
+            match &result.reason_code {
+                Some(code) => reason += &format!(": {code}"),
+                None => {
+                    let [source, destination] = ends.map(|end| end.now.as_str());
+                    reason += &format!(": source {source}, destination {destination}");
+                }
+            }
+            *self.reasons.entry(reason).or_default() += 1;
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for KillStats {
@@ -155,6 +205,30 @@ struct Document {
 #[derive(Deserialize)]
 struct JsonSocket {
     result: Option<JsonResult>,
+}
+
+#[derive(Deserialize)]
+struct ForwardedDocument {
+    connections: Vec<JsonConnection>,
+}
+
+#[derive(Deserialize)]
+struct JsonConnection {
+    result: Option<JsonForwardedResult>,
+}
+
+#[derive(Deserialize)]
+struct JsonForwardedResult {
+    outcome: String,
+    reason_code: Option<String>,
+    source: JsonEnd,
+    destination: JsonEnd,
+}
+
+#[derive(Deserialize)]
+struct JsonEnd {
+    now: String,
+    resets: u32,
 }
 
 /// The result of a socket, in the document and in the log of `cwkill`.
@@ -233,11 +307,20 @@ fn run(killer: &Killer, stats: &mut KillStats) -> Result<()> {
             .status
             .code()
             .is_some_and(|code| DONE.contains(&code)),
-        "{name} --method {} ended with {}: {}",
+        "{name} ({}) ended with {}: {}",
         killer.name,
         output.status,
         String::from_utf8_lossy(&output.stderr).trim()
     );
+    if killer.is_gateway {
+        let document: ForwardedDocument = serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("read the JSON of {name}"))?;
+        for connection in document.connections {
+            let result = connection.result.context("a connection without a result")?;
+            stats.add_forwarded(&result)?;
+        }
+        return Ok(());
+    }
     let document: Document = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("read the JSON of {name}"))?;
     for socket in document.sockets {

@@ -15,6 +15,9 @@
 //! - a connection that is idle or sending while others are closed: some bystanders last as long as the run
 //! - a half-closed stream, which looks stuck but is in use; it must stay younger than `--min-age`
 //!
+//! With [`Options::gateway`], a router is between clients and server, and the killers run there. They may also end connections that are
+//! idle for long enough.
+//!
 //! - `killer`: runs `cwkill` or another command, and adds up its results; `daemon` runs `cwkill daemon` instead
 //! - `server`, `client`: the two worker processes; `wire`: the protocol between them
 //! - `workers`: starts the workers and reads their events
@@ -34,7 +37,7 @@ mod workers;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -53,7 +56,8 @@ use workers::{Event, EventSender, Progress, Worker};
 
 use crate::host::Host;
 use crate::kernel::TcpState;
-use crate::lab::{Family, Lab};
+use crate::lab::{Family, Lab, Link};
+use crate::router::{Nat, Routed, Side};
 use crate::{privilege, program};
 
 /// Stack size of a thread with one connection, in bytes.
@@ -70,6 +74,9 @@ const END_DEADLINE: Duration = Duration::from_secs(90);
 const HELD_MS: [u32; 4] = [5, 50, 500, 2000];
 /// The same for the daemon, which decides about all of them and then acts on one after the other.
 const HELD_BEFORE_DAEMON_MS: [u32; 4] = [2000, 10_000, 20_000, 40_000];
+
+/// Behind a gateway, a connection without a byte for this long is one that a killer may end. Bystanders pause for much less.
+const IDLE: Duration = Duration::from_secs(5);
 
 /// Sysctls of the clients' host, so that a 4-tuple can be used again within milliseconds.
 const CLIENT_SYSCTLS: [(&str, &str); 2] = [
@@ -109,6 +116,8 @@ pub struct Options {
     pub stuck_percent: u32,
     /// The `--min-age` of the killers. Adds half-closed streams that stay younger. Reduces the number of acts.
     pub min_age: Option<Duration>,
+    /// A router with this NAT is between clients and server, and the killers run on it: [`Killer::gateway`].
+    pub gateway: Option<Nat>,
 }
 
 impl Default for Options {
@@ -124,6 +133,7 @@ impl Default for Options {
             seed: 1,
             stuck_percent: 50,
             min_age: None,
+            gateway: None,
         }
     }
 }
@@ -171,9 +181,8 @@ fn run_with(
 ) -> Result<Report> {
     let ports = options.ports();
     ensure!(ports[0] != ports[1], "there is no port after {}", ports[0]);
-    let lab = Lab::new()?;
-    let link = lab.link()?;
-    link.peer_host.within(|| {
+    let hosts = Hosts::new(options)?;
+    hosts.clients().within(|| {
         for (name, value) in CLIENT_SYSCTLS {
             match fs::write(format!("/proc/sys/net/{name}"), value) {
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -182,7 +191,6 @@ fn run_with(
         }
         Ok(())
     })?;
-    let (app, peer) = link.addresses(options.family);
     let min_age_ms = options
         .min_age
         .map(|age| u32::try_from(age.as_millis()).context("the minimum age is too long"))
@@ -196,17 +204,20 @@ fn run_with(
         longest_leak,
     };
     let client_config = client::Config {
-        servers: ports.map(|port| SocketAddr::new(app, port)),
-        first: SocketAddr::new(peer, FIRST_PORT),
+        servers: hosts.servers(options)?,
+        first: SocketAddr::new(hosts.first_client(options.family), FIRST_PORT),
         clients: options.connections,
         seed: options.seed,
         min_age_ms,
         stuck_percent: options.stuck_percent,
         held_ms,
+        idle_ms: options
+            .gateway
+            .and_then(|_| u32::try_from(IDLE.as_millis()).ok()),
     };
-    let mut server = Worker::start(lab.app_host(), "server", WorkerRole::Server(server_config))?;
+    let mut server = Worker::start(hosts.server(), "server", WorkerRole::Server(server_config))?;
     let mut clients = Worker::start(
-        &link.peer_host,
+        hosts.clients(),
         "clients",
         WorkerRole::Clients(client_config),
     )?;
@@ -219,7 +230,7 @@ fn run_with(
         Ok(lost || acts_reached && streams_reached)
     };
     let until = began + options.time;
-    let kill_stats = run_killers(lab.app_host(), until, &mut is_done)?;
+    let kill_stats = run_killers(hosts.killers(), until, &mut is_done)?;
     ensure!(clients.is_alive(), "the client process is gone");
     // A half-closed stream lasts twice the minimum age.
     let end_deadline = END_DEADLINE + longest_leak + 2 * min_age;
@@ -229,7 +240,7 @@ fn run_with(
     let listening = |socket: &crate::KernelSocket| {
         socket.state == TcpState::Listen && ports.contains(&socket.local.port())
     };
-    let sockets = lab.app_host().sockets()?;
+    let sockets = hosts.server().sockets()?;
     let listeners = sockets.iter().filter(|socket| listening(socket)).count();
     let server_alive = server.is_alive();
     let (lost_by_server, server_stats): (_, ServerStats) = match server_alive {
@@ -251,6 +262,68 @@ fn run_with(
         listeners,
         server_alive,
     })
+}
+
+/// The hosts of a run.
+enum Hosts {
+    Linked { lab: Lab, link: Link },
+    Routed(Routed),
+}
+
+impl Hosts {
+    fn new(options: &Options) -> Result<Self> {
+        if options.gateway.is_some() {
+            return Ok(Hosts::Routed(Routed::new()?));
+        }
+        let lab = Lab::new()?;
+        let link = lab.link()?;
+        Ok(Hosts::Linked { lab, link })
+    }
+
+    fn server(&self) -> &Host {
+        match self {
+            Hosts::Linked { lab, .. } => lab.app_host(),
+            Hosts::Routed(routed) => &routed.server,
+        }
+    }
+
+    fn clients(&self) -> &Host {
+        match self {
+            Hosts::Linked { link, .. } => &link.peer_host,
+            Hosts::Routed(routed) => &routed.client,
+        }
+    }
+
+    fn killers(&self) -> &Host {
+        match self {
+            Hosts::Linked { lab, .. } => lab.app_host(),
+            Hosts::Routed(routed) => &routed.router,
+        }
+    }
+
+    /// Makes the server reachable. Returns the addresses of its two listeners, as clients see them.
+    fn servers(&self, options: &Options) -> Result<[SocketAddr; 2]> {
+        let ports = options.ports();
+        match self {
+            Hosts::Linked { link, .. } => {
+                let (app, _) = link.addresses(options.family);
+                Ok(ports.map(|port| SocketAddr::new(app, port)))
+            }
+            Hosts::Routed(routed) => {
+                let nat = options.gateway.unwrap_or(Nat::None);
+                let pairs = ports.map(|port| (port, port));
+                let addresses = routed.translate(options.family, nat, &pairs)?;
+                addresses.try_into().ok().context("two addresses")
+            }
+        }
+    }
+
+    fn first_client(&self, family: Family) -> IpAddr {
+        match self {
+            Hosts::Linked { link, .. } => link.addresses(family).1,
+            Hosts::Routed(_) => Side::Client.host(family),
+        }
+    }
 }
 
 /// The command line of `netns-harness chaos`.
@@ -289,7 +362,14 @@ pub(crate) struct Chaos {
     /// Run `cwkill daemon` with a policy for each method instead of cwkill. Its minimum age is a minute
     #[arg(long, conflicts_with_all = ["min_age_ms", "instead"])]
     daemon: bool,
-    /// Run this on the server's host instead of cwkill, to see whether its harm is detected; for example `ss -K sport = :8080`
+    /// Run `cwkill gateway --cut` on a router between clients and server: for connections that are idle for 5 s, and for those of which one
+    /// end has sent its FIN
+    #[arg(long, conflicts_with_all = ["daemon", "min_age_ms", "method"])]
+    gateway: bool,
+    /// The NAT of that router
+    #[arg(long, value_enum, default_value = "both", requires = "gateway")]
+    nat: Nat,
+    /// Run this on the server's host or on the router instead of cwkill, to see whether its harm is detected; for example `ss -K sport = :8080`
     #[arg(long, value_name = "COMMAND", conflicts_with_all = ["method", "cwkill", "acts"])]
     instead: Option<String>,
 }
@@ -322,6 +402,7 @@ impl Chaos {
             seed,
             stuck_percent: self.stuck_percent,
             min_age: self.min_age_ms.map(|ms| Duration::from_millis(ms.into())),
+            gateway: self.gateway.then_some(self.nat),
         };
         let report = match self.daemon {
             true => {
@@ -346,6 +427,10 @@ impl Chaos {
                     bail!("--instead needs a command, for example `ss -K sport = :8080`")
                 };
                 vec![Killer::other(name, &words)]
+            }
+            None if self.gateway => {
+                let cwkill_program = program::beside_this_program(&self.cwkill)?;
+                Killer::gateway(&cwkill_program, options.ports()).into()
             }
             None => {
                 let cwkill_program = program::beside_this_program(&self.cwkill)?;

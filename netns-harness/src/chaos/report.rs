@@ -118,6 +118,14 @@ impl Report {
                 self.refused()
             ));
         }
+        // On a very busy machine a client may get no processor time for seconds.
+        let tolerated = 1 + self.finished() / 100;
+        if self.clients.overslept > tolerated {
+            faults.push(format!(
+                "{} bystanders were idle for as long as those that the killer ends, more than {tolerated}",
+                self.clients.overslept
+            ));
+        }
         if self.finished() == 0 {
             faults.push("no bystander finished".to_owned());
         }
@@ -174,6 +182,16 @@ impl fmt::Display for Report {
             "stuck connections    {stuck} (the client read FIN {}, RST {}, nothing {}; it forgot {})",
             clients.stuck_fin, clients.stuck_reset, clients.stuck_silent, clients.stuck_forgotten
         )?;
+        if self.options.gateway.is_some() {
+            writeln!(
+                f,
+                "idle connections     {} (ended {}, left {}); {} bystanders got no processor time for as long",
+                clients.idle_ended + clients.idle_left,
+                clients.idle_ended,
+                clients.idle_left,
+                clients.overslept
+            )?;
+        }
         writeln!(
             f,
             "handshakes           {} failed {:?}, {} took more than 500 ms, longest {} ms; {} waited for their 4-tuple",

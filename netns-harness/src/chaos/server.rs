@@ -202,6 +202,12 @@ impl Server {
                     self.stats().leaked += 1;
                     return;
                 }
+                Then::Idle => {
+                    // A killer ends it, or the client.
+                    let _ = connection.drain();
+                    self.stats().leaked += 1;
+                    return;
+                }
                 Then::Stream { replies, pause_ms } => {
                     let replies = (replies, pause_ms);
                     ("stream", stream(connection, &header, replies, &mut random))

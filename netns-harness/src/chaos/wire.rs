@@ -46,6 +46,8 @@ pub(super) enum Then {
         watch: bool,
         ms: u32,
     },
+    /// The client sends nothing more, and the server waits for the end.
+    Idle,
     /// The client sends FIN, and the server sends `replies` replies with pauses of up to `pause_ms` milliseconds: a half-closed connection in
     /// use.
     Stream { replies: u16, pause_ms: u16 },
