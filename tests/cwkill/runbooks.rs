@@ -7,6 +7,7 @@
 //! <!-- scenario: unread:3,established:2 -->     a new lab, as for `netns-harness run`; also: age=1s, idle=5s, family=v6
 //! <!-- scenario: unread:3 outside -->            the same, with the commands on another host
 //! <!-- scenario: none -->                       a host without sockets
+//! <!-- scenario: gateway=masquerade:3 -->        a router, with connections from a client to port 443 of a server, and the commands on it
 //! <!-- not run: why -->
 //! ```
 //!
@@ -15,12 +16,13 @@
 //!
 //! With CWKILL_RENEW_RUNBOOKS=1 in the environment, the tests write outputs that differ into the documents.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail, ensure};
-use netns_harness::{Family, Lab, Leak, TcpState};
+use netns_harness::{Agent, Dial, Family, Host, Lab, Leak, Nat, Routed, Side, TcpState, wait_for};
 use regex::Regex;
 
 use crate::AS_HARNESS;
@@ -29,7 +31,9 @@ use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(tcp_states_prints_what_is_documented),
+    once!(after_a_rule_change_prints_what_is_documented).slow(),
     once!(close_wait_without_a_pid_prints_what_is_documented).slow(),
+    once!(end_a_connection_now_prints_what_is_documented).slow(),
     once!(from_a_timer_prints_what_is_documented).slow(),
     once!(inside_a_container_or_pod_prints_what_is_documented).slow(),
     once!(leave_it_running_prints_what_is_documented).slow(),
@@ -43,8 +47,10 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Each has a test above.
-const RUNBOOKS: [&str; 8] = [
+const RUNBOOKS: [&str; 10] = [
+    "after-a-rule-change",
     "close-wait-without-a-pid",
+    "end-a-connection-now",
     "from-a-timer",
     "inside-a-container-or-pod",
     "leave-it-running",
@@ -81,6 +87,14 @@ fn every_runbook_has_its_parts_and_runs_commands() -> Result<()> {
 
 fn tcp_states_prints_what_is_documented() -> Result<()> {
     prints_what_is_documented("tcp-states.md")
+}
+
+fn after_a_rule_change_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/after-a-rule-change.md")
+}
+
+fn end_a_connection_now_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/end-a-connection-now.md")
 }
 
 fn close_wait_without_a_pid_prints_what_is_documented() -> Result<()> {
@@ -158,6 +172,8 @@ struct Scenarios {
     idle: Option<String>,
     /// The commands run on another host.
     outside: bool,
+    /// The NAT of a router on which the commands run, and the connections through it.
+    gateway: Option<(Nat, usize)>,
 }
 
 impl Scenarios {
@@ -171,7 +187,20 @@ impl Scenarios {
                     let family = Family::ALL.into_iter().find(|f| f.name() == name);
                     scenarios.family = Some(family.with_context(|| format!("no family {name}"))?);
                 }
-                Some(_) => bail!("`{word}` is none of age=1s, idle=5s and family=v6"),
+                Some(("gateway", gateway)) => {
+                    let (nat, count) = gateway.split_once(':').context("no count")?;
+                    let nat = match nat {
+                        "none" => Nat::None,
+                        "masquerade" => Nat::Masquerade,
+                        "redirect" => Nat::Redirect,
+                        "both" => Nat::Both,
+                        _ => bail!("no NAT {nat}"),
+                    };
+                    scenarios.gateway = Some((nat, count.parse()?));
+                }
+                Some(_) => {
+                    bail!("`{word}` is none of age=1s, idle=5s, family=v6 and gateway=both:3")
+                }
                 None if word == "none" => {}
                 None if word == "outside" => scenarios.outside = true,
                 None => {
@@ -202,6 +231,48 @@ impl Scenarios {
             })?;
         }
         Ok((lab, leaks))
+    }
+}
+
+/// A router with connections through it, and their ends.
+struct Gateway {
+    routed: Routed,
+    _ends: [Agent; 2],
+}
+
+impl Gateway {
+    /// The port of the server.
+    const SERVICE: u16 = 443;
+    /// The port of the client in the first connection. The others follow.
+    const FIRST: u16 = 40_001;
+
+    fn start(nat: Nat, count: usize, age: Option<&str>) -> Result<Self> {
+        let routed = Routed::new()?;
+        let ports = [(Self::SERVICE, Self::SERVICE)];
+        let to = routed.translate(Family::V4, nat, &ports)?[0];
+        let (client, server) = (
+            routed.client.agent("client")?,
+            routed.server.agent("server")?,
+        );
+        let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), Self::SERVICE);
+        let listener = server.listen(any, false, 64)?;
+        let dial = Dial {
+            from: Some(SocketAddr::new(Side::Client.host(Family::V4), Self::FIRST)),
+            ..Dial::default()
+        };
+        client.connect(to, count, dial, PATIENCE)?;
+        server.accept(listener, count, PATIENCE)?;
+        if let Some(age) = age {
+            wait_for(PATIENCE, || {
+                let command = routed.router.command(CWKILL);
+                let ran = ran(command.args(["gateway", "--jsonl", "--min-age", age]))?;
+                Ok(ran.stdout.lines().count() == count)
+            })?;
+        }
+        Ok(Gateway {
+            routed,
+            _ends: [client, server],
+        })
     }
 }
 
@@ -295,6 +366,7 @@ impl Document {
 struct Session {
     lab: Lab,
     outside: Option<Lab>,
+    gateway: Option<Gateway>,
     leaks: Vec<Leak>,
     status: i32,
     /// Set once the document has set it.
@@ -304,8 +376,12 @@ struct Session {
 impl Session {
     fn new(scenarios: &Scenarios) -> Result<Self> {
         let (lab, leaks) = scenarios.start()?;
+        let gateway = scenarios
+            .gateway
+            .map(|(nat, count)| Gateway::start(nat, count, scenarios.age.as_deref()));
         Ok(Session {
             lab,
+            gateway: gateway.transpose()?,
             outside: scenarios.outside.then(Lab::new).transpose()?,
             leaks,
             status: 0,
@@ -327,7 +403,10 @@ impl Session {
             programs.display(),
             self.status
         );
-        let host = self.outside.as_ref().unwrap_or(&self.lab).app_host();
+        let host: &Host = match &self.gateway {
+            Some(gateway) => &gateway.routed.router,
+            None => self.outside.as_ref().unwrap_or(&self.lab).app_host(),
+        };
         let mut command = host.command("sh").args(["-c", &script]);
         if let Some(pid) = &self.pid {
             command = command.env("pid", pid);
