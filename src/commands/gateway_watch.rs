@@ -4,23 +4,22 @@
 //! dealt with as soon as it is open: before, its ends have no numbers that could be asked for.
 
 use std::io;
-use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 
-use super::gateway::act_on;
+use super::gateway_workers::{self as workers, Workers};
 use super::{
     drop_capabilities_and_start_threads, open_log, say_notes, time_and_place, was_reported,
 };
 use crate::audit::Audit;
 use crate::config::{Action, Format, GatewayConfig, Watch};
-use crate::conntrack::{self, Conntrack, Entry, Events, Timeouts};
+use crate::conntrack::{self, Conntrack, Events, Timeouts};
 use crate::control::{Control, deadline};
 use crate::finder::arrivals::Arrivals;
 use crate::finder::forwarded;
-use crate::injector::gateway::{self as injector, LinkNetwork, Pace};
-use crate::model::{ForwardedOutcome, ForwardedScan, Method, TimeAndPlace};
+use crate::injector::gateway as injector;
+use crate::model::{ForwardedOutcome, ForwardedScan, TimeAndPlace};
 use crate::privileges::capabilities;
 use crate::report::ExitStatus;
 use crate::report::gateway::watch::{Rows, Watched};
@@ -37,10 +36,8 @@ const LIST_INTERVAL: Duration = Duration::from_secs(10);
 const LIST_INTERVAL_WITHOUT_EVENTS: Duration = Duration::from_millis(200);
 /// Lists of a large table take at most one part in so many of the time.
 const LIST_SHARE: u32 = 10;
-/// Paths change while a watch runs, so they are not used for longer.
-const PATHS_LAST: Duration = Duration::from_secs(2);
-/// After Ctrl-C, what is in flight gets this long.
-const FINISH_WITHIN: Duration = Duration::from_secs(10);
+/// The same while connections are in flight.
+const WAIT_IN_FLIGHT: Duration = Duration::from_millis(5);
 
 /// The whole watch, from its configuration to its exit status.
 pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitStatus> {
@@ -58,7 +55,7 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
     let events = Events::open()?;
     let mut table = Conntrack::open()?;
     let timeouts = conntrack::timeouts(&mut table);
-    let network = acts.then(open_network).transpose()?;
+    let sockets = acts.then(|| workers::open(config)).transpose()?;
     if let (Some(log), Some(act)) = (&mut log, config.act) {
         log.begin_gateway_watch(act).context("nothing was done")?;
     }
@@ -72,8 +69,8 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
         has_events: conntrack::sends_events() != Some(false),
         table,
         timeouts,
-        network,
-        pace: Pace::new(config.rate),
+        workers: None,
+        planned: 0,
         log,
         rows: Rows::new(config, acts),
         watched: Watched::new(config.act, acts),
@@ -90,7 +87,14 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
     }
     terminal.hold_signals();
     let until = watch.duration.map(|duration| deadline(begun, duration));
-    let ended = watching.go_on(until);
+    let ended = std::thread::scope(|scope| {
+        if let (Some(sockets), Some(act)) = (sockets, config.act) {
+            watching.workers = Some(Workers::start(scope, sockets, act, config, &terminal));
+        }
+        let ended = watching.go_on(until);
+        watching.workers = None;
+        ended
+    });
     let Watching {
         log, mut watched, ..
     } = watching;
@@ -124,12 +128,6 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
     }
 }
 
-fn open_network() -> anyhow::Result<(LinkNetwork, Instant)> {
-    let network = LinkNetwork::open()
-        .context("nothing was done: cannot open a packet socket, which needs CAP_NET_RAW")?;
-    Ok((network, Instant::now()))
-}
-
 /// Why a watch has ended.
 enum End {
     /// The operator wanted it: by Ctrl-C, `--for` or `--max-kills`.
@@ -152,9 +150,10 @@ struct Watching<'w> {
     has_events: bool,
     table: Conntrack,
     timeouts: Timeouts,
-    /// With the time since when its paths are known; `None` if nothing is sent.
-    network: Option<(LinkNetwork, Instant)>,
-    pace: Pace,
+    /// `None` if nothing is sent.
+    workers: Option<Workers>,
+    /// The number of connections that were planned to be asked, or were.
+    planned: usize,
     log: Option<Audit>,
     rows: Rows,
     watched: Watched,
@@ -162,26 +161,38 @@ struct Watching<'w> {
 }
 
 impl Watching<'_> {
-    /// Until the operator or a limit ends it.
+    /// The whole watch. What is in flight at its end is verified, recorded and reported, whatever the reason.
     ///
     /// # Errors
     /// Conntrack or the routes cannot be read, or the log cannot be written.
     fn go_on(&mut self, until: Option<Instant>) -> anyhow::Result<End> {
-        let count = injector::batch_size(self.config.rate);
+        let ended = self.until_over(until);
+        let mut written = Ok(());
+        while self.workers.as_ref().is_some_and(Workers::is_busy) {
+            written = written.and(self.take_done()?);
+            self.control.sleep(WAIT_IN_FLIGHT);
+        }
+        match (ended?, written) {
+            (End::Asked { .. }, Err(error)) => Ok(End::Unwritten(error)),
+            (ended, _) => Ok(ended),
+        }
+    }
+
+    /// Until the operator or a limit ends it.
+    fn until_over(&mut self, until: Option<Instant>) -> anyhow::Result<End> {
         loop {
             if self.control.now() >= self.list_due {
                 self.list()?;
             }
-            let Watching {
-                arrivals, table, ..
-            } = self;
-            let entries = arrivals.take(count, |entry| table.lookup(entry));
-            if let Err(error) = self.deal_with(entries)? {
+            if let Err(error) = self.take_done()? {
+                return Ok(End::Unwritten(error));
+            }
+            if let Err(error) = self.deal_with_next()? {
                 return Ok(End::Unwritten(error));
             }
             let is_over = until.is_some_and(|until| until <= self.control.now());
             if is_over || self.control.interrupted() {
-                let left = self.arrivals.left();
+                let left = self.arrivals.left(true);
                 return Ok(End::Asked { left });
             }
             if self.kills_left() == Some(0) {
@@ -201,11 +212,22 @@ impl Watching<'_> {
         }
     }
 
+    /// Whether connections from the list can be dealt with: the last free worker is for those that have just come. `None`: none can.
+    fn takes_listed(&self) -> Option<bool> {
+        match &self.workers {
+            None => Some(true),
+            Some(workers) if workers.free() == 0 => None,
+            Some(workers) => Some(!workers.is_last_free()),
+        }
+    }
+
     fn longest_wait(&self, until: Option<Instant>) -> Duration {
-        if self.arrivals.left() > 0 {
+        let takes_listed = self.takes_listed();
+        if takes_listed.is_some_and(|takes_listed| self.arrivals.left(takes_listed) > 0) {
             return Duration::ZERO;
         }
         let longest = match self.arrivals.has_again() {
+            _ if self.workers.as_ref().is_some_and(Workers::is_busy) => WAIT_IN_FLIGHT,
             true => LOOK_AGAIN,
             false => LONGEST_WAIT,
         };
@@ -217,7 +239,7 @@ impl Watching<'_> {
     /// How many connections may still be acted on; `None`: no limit.
     fn kills_left(&self) -> Option<usize> {
         let most = self.config.max_kills?;
-        Some(most.saturating_sub(self.watched.planned))
+        Some(most.saturating_sub(self.planned))
     }
 
     /// Lists the table.
@@ -235,11 +257,50 @@ impl Watching<'_> {
         Ok(())
     }
 
-    /// Acts on the connections of these entries, records and reports them. Returns whether the rows were written.
+    /// Records and reports what the workers have done. Returns whether the rows were written.
+    ///
+    /// # Errors
+    /// A thread has panicked.
+    fn take_done(&mut self) -> anyhow::Result<io::Result<()>> {
+        let done = match &mut self.workers {
+            Some(workers) => workers.done()?,
+            None => Vec::new(),
+        };
+        let mut written = Ok(());
+        for run in done {
+            for connection in &run.scan.connections {
+                self.arrivals.ended(&connection.entry);
+                // A new connection has its addresses, or its first SYN came twice.
+                if connection.outcome == Some(ForwardedOutcome::Gone) {
+                    self.arrivals.look_again(connection.entry.clone());
+                }
+            }
+            if let Some(log) = &mut self.log {
+                log.record_gateway(&run);
+            }
+            self.watched.add(&run);
+            written = written.and(self.write(&run));
+        }
+        Ok(written)
+    }
+
+    /// Gives the next connections to a worker, or only reports them. Returns whether the rows were written.
     ///
     /// # Errors
     /// The routes cannot be read, or the log cannot be written.
-    fn deal_with(&mut self, entries: Vec<Entry>) -> anyhow::Result<io::Result<()>> {
+    fn deal_with_next(&mut self) -> anyhow::Result<io::Result<()>> {
+        let Some(takes_listed) = self.takes_listed() else {
+            return Ok(Ok(()));
+        };
+        let rate = match &self.workers {
+            Some(workers) => workers.rate_of_each(self.config),
+            None => self.config.rate,
+        };
+        let count = injector::batch_size(rate);
+        let Watching {
+            arrivals, table, ..
+        } = self;
+        let entries = arrivals.take(count, takes_listed, |entry| table.lookup(entry));
         if entries.is_empty() {
             return Ok(Ok(()));
         }
@@ -248,54 +309,30 @@ impl Watching<'_> {
         if let Some(act) = self.config.act {
             forwarded::limit(&mut scan, selectors, act, self.kills_left());
         }
-        let mut run = ForwardedRun {
+        let run = ForwardedRun {
             scan,
             act: self.config.act,
             acted: false,
         };
-        if self.network.is_some() && !run.scan.connections.is_empty() {
-            self.act(&mut run)?;
-        }
-        self.watched.add(&run);
-        Ok(self.write(&run))
-    }
-
-    fn act(&mut self, run: &mut ForwardedRun) -> anyhow::Result<()> {
+        let planned = run.scan.connections.iter();
+        self.planned += planned.filter(|one| one.skip.is_none()).count();
+        let Some(workers) = self
+            .workers
+            .as_mut()
+            .filter(|_| !run.scan.connections.is_empty())
+        else {
+            self.watched.add(&run);
+            return Ok(self.write(&run));
+        };
         if let Some(log) = &mut self.log {
-            log.intend_gateway(run)
+            log.intend_gateway(&run)
                 .context("the log cannot be written")?;
         }
-        let is_old = |since: Instant| since.elapsed() >= PATHS_LAST;
-        if self
-            .network
-            .as_ref()
-            .is_some_and(|(_, since)| is_old(*since))
-        {
-            self.network = Some(open_network()?);
-        }
-        let (Some((network, _)), Some(act)) = (&mut self.network, self.config.act) else {
-            return Ok(());
-        };
-        let control = Finishing::new(self.control);
-        act_on(
-            run,
-            act,
-            self.config,
-            &mut self.table,
-            network,
-            &control,
-            &mut self.pace,
-        );
-        if let Some(log) = &mut self.log {
-            log.record_gateway(run);
-        }
-        // A new connection has its addresses, or its first SYN came twice.
         for connection in &run.scan.connections {
-            if connection.outcome == Some(ForwardedOutcome::Gone) {
-                self.arrivals.look_again(connection.entry.clone());
-            }
+            self.arrivals.began(&connection.entry);
         }
-        Ok(())
+        workers.give(run)?;
+        Ok(Ok(()))
     }
 
     fn write(&mut self, run: &ForwardedRun) -> io::Result<()> {
@@ -311,41 +348,5 @@ impl Watching<'_> {
             }
             Format::Json | Format::Quiet => Ok(()),
         }
-    }
-}
-
-/// Lets a batch of connections end in order after Ctrl-C: those that were asked get their RSTs and are verified.
-struct Finishing<'c> {
-    inner: &'c dyn Control,
-    since: OnceLock<Instant>,
-}
-
-impl<'c> Finishing<'c> {
-    fn new(inner: &'c dyn Control) -> Self {
-        let since = OnceLock::new();
-        Finishing { inner, since }
-    }
-}
-
-impl Control for Finishing<'_> {
-    fn now(&self) -> Instant {
-        self.inner.now()
-    }
-
-    fn sleep(&self, duration: Duration) {
-        self.inner.sleep(duration);
-    }
-
-    fn interrupted(&self) -> bool {
-        if !self.inner.interrupted() {
-            return false;
-        }
-        let now = self.now();
-        let since = *self.since.get_or_init(|| now);
-        now.saturating_duration_since(since) >= FINISH_WITHIN
-    }
-
-    fn progress(&self, method: Method, sockets: usize) {
-        self.inner.progress(method, sockets);
     }
 }

@@ -12,6 +12,7 @@ mod diagnose;
 mod doctor;
 mod gateway;
 mod gateway_watch;
+mod gateway_workers;
 mod kept;
 mod reclaim;
 

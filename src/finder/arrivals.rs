@@ -37,6 +37,8 @@ pub struct Arrivals<'s> {
     of_events: ForwardedSelectors,
     /// Those that were given away by [`Arrivals::take`]. Each is given away once.
     dealt_with: HashSet<Key>,
+    /// The addresses of those that are being dealt with, as each end sees them. Their last packets can make new entries, which wait.
+    in_flight: HashSet<Tuple>,
     /// From events: they come first, because bytes may pass meanwhile.
     new: VecDeque<Entry>,
     /// From the last list.
@@ -55,6 +57,7 @@ impl<'s> Arrivals<'s> {
                 ..selectors.clone()
             },
             dealt_with: HashSet::new(),
+            in_flight: HashSet::new(),
             new: VecDeque::new(),
             listed: VecDeque::new(),
             again: VecDeque::new(),
@@ -96,6 +99,17 @@ impl<'s> Arrivals<'s> {
         }
     }
 
+    /// Something is done to the connection of `entry` from now on.
+    pub fn began(&mut self, entry: &Entry) {
+        self.in_flight.extend([entry.original, entry.reply]);
+    }
+
+    /// It is over.
+    pub fn ended(&mut self, entry: &Entry) {
+        self.in_flight.remove(&entry.original);
+        self.in_flight.remove(&entry.reply);
+    }
+
     /// Looks at the entry again, although it was dealt with: something was about to become of it.
     pub fn look_again(&mut self, entry: Entry) {
         self.dealt_with.remove(&Key::of(&entry));
@@ -107,15 +121,17 @@ impl<'s> Arrivals<'s> {
         !self.again.is_empty()
     }
 
-    /// The number of those that wait in the queues.
-    pub fn left(&self) -> usize {
-        self.new.len() + self.listed.len()
+    /// The number of those that wait in the queues, with or without those from the list.
+    pub fn left(&self, with_listed: bool) -> usize {
+        let listed = if with_listed { self.listed.len() } else { 0 };
+        self.new.len() + listed
     }
 
     /// At most `count` entries to deal with, as `lookup` finds them now. One that cannot be looked up is among them.
     pub fn take(
         &mut self,
         count: usize,
+        with_listed: bool,
         mut lookup: impl FnMut(&Entry) -> io::Result<Option<Entry>>,
     ) -> Vec<Entry> {
         let mut taken = Vec::new();
@@ -125,7 +141,11 @@ impl<'s> Arrivals<'s> {
             self.look_at(entry, &mut taken, &mut lookup);
         }
         while taken.len() < count {
-            let Some(entry) = self.new.pop_front().or_else(|| self.listed.pop_front()) else {
+            let next = match self.new.pop_front() {
+                None if with_listed => self.listed.pop_front(),
+                next => next,
+            };
+            let Some(entry) = next else {
                 break;
             };
             self.look_at(entry, &mut taken, &mut lookup);
@@ -142,6 +162,10 @@ impl<'s> Arrivals<'s> {
         let key = Key::of(&entry);
         // One entry may have several events.
         if self.dealt_with.contains(&key) {
+            return;
+        }
+        if self.in_flight.contains(&entry.original) {
+            self.again.push_back(entry);
             return;
         }
         let now = match lookup(&entry) {
@@ -199,7 +223,7 @@ mod tests {
             let mut found = table.iter();
             Ok(found.find(|now| now.original == entry.original).cloned())
         };
-        let taken = arrivals.take(count, lookup);
+        let taken = arrivals.take(count, true, lookup);
         taken
             .iter()
             .map(|entry| entry.original.local.port())
@@ -270,7 +294,9 @@ mod tests {
         assert_eq!(taken(&mut arrivals, 9, std::slice::from_ref(&marked)), [1]);
         // One that cannot be looked up is not lost.
         arrivals.note(event(true, &marked));
-        let failed = arrivals.take(9, |_| Err(io::Error::from_raw_os_error(libc::ENOBUFS)));
+        let failed = arrivals.take(9, true, |_| {
+            Err(io::Error::from_raw_os_error(libc::ENOBUFS))
+        });
         assert_eq!(failed, [marked]);
     }
 
@@ -286,7 +312,7 @@ mod tests {
         ];
         arrivals.note_list(table.to_vec());
         arrivals.note(event(false, &entry(5, Established)));
-        assert_eq!(arrivals.left(), 3);
+        assert_eq!((arrivals.left(true), arrivals.left(false)), (3, 1));
         // Events come first.
         let mut now = table.to_vec();
         now.push(entry(5, Established));
@@ -296,6 +322,28 @@ mod tests {
         now[1] = entry(2, Established);
         assert_eq!(taken(&mut arrivals, 9, &now), [2]);
         assert!(!arrivals.has_again());
+    }
+
+    #[test]
+    fn what_comes_with_addresses_in_flight_waits() {
+        let all = ForwardedSelectors::default();
+        let mut arrivals = Arrivals::new(&all);
+        let open = entry(1, Established);
+        arrivals.note(event(true, &open));
+        let table = [open.clone()];
+        assert_eq!(taken(&mut arrivals, 9, &table), [1]);
+        arrivals.began(&open);
+        // Loose pick-up of the last packets.
+        arrivals.note(event(true, &open));
+        assert_eq!(taken(&mut arrivals, 9, &table), NONE);
+        assert!(arrivals.has_again());
+        arrivals.ended(&open);
+        assert_eq!(taken(&mut arrivals, 9, &table), [1]);
+        assert!(!arrivals.has_again());
+        // The last free worker is for those that have just come.
+        arrivals.note_list(vec![entry(2, Established)]);
+        let mut with = |with_listed| arrivals.take(9, with_listed, |entry| Ok(Some(entry.clone())));
+        assert_eq!((with(false).len(), with(true).len()), (0, 1));
     }
 
     #[test]

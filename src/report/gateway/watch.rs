@@ -16,8 +16,6 @@ pub struct Watched {
     act: Option<ForwardedAct>,
     acts: bool,
     pub counts: ForwardedCounts,
-    /// The number of connections that were planned to be asked, or were.
-    pub planned: usize,
     ends_here: usize,
     entries_kept: usize,
     /// The number of connections that matched, and that were not reached before the end.
@@ -32,7 +30,6 @@ impl Watched {
             act,
             acts,
             counts: ForwardedCounts::default(),
-            planned: 0,
             ends_here: 0,
             entries_kept: 0,
             not_reached: 0,
@@ -43,8 +40,6 @@ impl Watched {
     /// Adds the connections of `run`, which came together.
     pub fn add(&mut self, run: &ForwardedRun) {
         self.counts.add(run.counts());
-        let planned = run.scan.connections.iter();
-        self.planned += planned.filter(|one| one.skip.is_none()).count();
         self.ends_here += run.scan.ends_here;
         self.entries_kept += run.entries_kept();
     }
