@@ -64,7 +64,7 @@ pub use lab::{Conn, Family, Lab, Leak, Listen, Options, Pair, wait_for};
 pub use nix::sys::signal::Signal;
 pub use privilege::{FORCE_USERNS, ensure_privileges};
 pub use role::run_role;
-pub use router::{Nat, Routed, Side};
+pub use router::{Nat, Routed, Side, address};
 pub use ss::{SsOwner, SsRow};
 pub use verify::{check, verify};
 

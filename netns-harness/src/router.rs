@@ -12,6 +12,8 @@ use crate::rtnetlink;
 
 /// The link of the client and of the server to the router.
 const LINK: &str = "eth0";
+/// The link between the client and the server, if there is one.
+const PAST: &str = "past";
 /// What makes a host forward packets.
 const FORWARDING: [&str; 2] = ["ipv4/ip_forward", "ipv6/conf/all/forwarding"];
 
@@ -82,10 +84,16 @@ impl Side {
             Side::Client => 1,
             Side::Server => 2,
         };
-        match family {
-            Family::V4 | Family::Mapped => Ipv4Addr::new(10, 79, network, host).into(),
-            Family::V6 => Ipv6Addr::new(0xfd79, 0, 0, network.into(), 0, 0, 0, host.into()).into(),
-        }
+        address(family, network, host)
+    }
+}
+
+/// The address of a host in a network of a lab with a router.
+#[must_use]
+pub fn address(family: Family, network: u8, host: u8) -> IpAddr {
+    match family {
+        Family::V4 | Family::Mapped => Ipv4Addr::new(10, 79, network, host).into(),
+        Family::V6 => Ipv6Addr::new(0xfd79, 0, 0, network.into(), 0, 0, 0, host.into()).into(),
     }
 }
 
@@ -96,22 +104,9 @@ impl Routed {
     /// The kernel refuses a network namespace; see [`crate::ensure_privileges`].
     pub fn new() -> Result<Self> {
         let [client, router, server] = [Host::new()?, Host::new()?, Host::new()?];
-        router.within(|| {
-            FORWARDING.iter().try_for_each(|name| {
-                let path = format!("/proc/sys/net/{name}");
-                fs::write(&path, "1").with_context(|| format!("write {path}"))
-            })
-        })?;
-        for (side, host) in [(Side::Client, &client), (Side::Server, &server)] {
-            router.join(side.link(), host, LINK)?;
-            let families = [Family::V4, Family::V6];
-            router.within(|| set_up(side.link(), families.map(|family| side.router(family))))?;
-            host.within(|| {
-                set_up(LINK, families.map(|family| side.host(family)))?;
-                let mut gateways = families.iter().map(|family| side.router(*family));
-                gateways.try_for_each(rtnetlink::add_default_route)
-            })?;
-        }
+        router.within(forward)?;
+        join(&router, Side::Client.link(), &client, 1)?;
+        join(&router, Side::Server.link(), &server, 2)?;
         Ok(Self {
             client,
             router,
@@ -176,6 +171,60 @@ impl Routed {
         );
         Ok(addresses)
     }
+
+    /// Adds a host behind the router. Its link there is `link`, and its network, 10.79.N.0/24 and fd79:0:0:N::/64, has number `network`.
+    ///
+    /// # Errors
+    /// As [`Routed::new`].
+    pub fn add_host(&self, link: &str, network: u8) -> Result<Host> {
+        let host = Host::new()?;
+        join(&self.router, link, &host, network)?;
+        Ok(host)
+    }
+
+    /// Adds a host behind the client, which then forwards. Its network has number `network`; see [`Routed::add_host`].
+    ///
+    /// # Errors
+    /// As [`Routed::new`].
+    pub fn add_host_behind_the_client(&self, network: u8) -> Result<Host> {
+        let host = Host::new()?;
+        self.client.within(forward)?;
+        join(&self.client, "inner", &host, network)?;
+        Ok(host)
+    }
+
+    /// Joins the client and the server by a link past the router. It is `past` on both, and has no addresses.
+    ///
+    /// # Errors
+    /// As [`Routed::new`].
+    pub fn add_link_past_the_router(&self) -> Result<()> {
+        self.client.join(PAST, &self.server, PAST)?;
+        for host in [&self.client, &self.server] {
+            host.set_link(PAST, true)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the host of the calling thread forward packets.
+fn forward() -> Result<()> {
+    FORWARDING.iter().try_for_each(|name| {
+        let path = format!("/proc/sys/net/{name}");
+        fs::write(&path, "1").with_context(|| format!("write {path}"))
+    })
+}
+
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// Joins `host` to `router` by the network with this number.
+fn join(router: &Host, link: &str, host: &Host, network: u8) -> Result<()> {
+    router.join(link, host, LINK)?;
+    let of = |host| FAMILIES.map(|family| address(family, network, host));
+    router.within(|| set_up(link, of(1)))?;
+    host.within(|| {
+        set_up(LINK, of(2))?;
+        of(1).into_iter().try_for_each(rtnetlink::add_default_route)
+    })
 }
 
 fn set_up(link: &str, [v4, v6]: [IpAddr; 2]) -> Result<()> {

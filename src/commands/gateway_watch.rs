@@ -19,7 +19,7 @@ use crate::control::{Control, deadline};
 use crate::finder::arrivals::Arrivals;
 use crate::finder::forwarded;
 use crate::injector::gateway as injector;
-use crate::model::{ForwardedOutcome, ForwardedScan, TimeAndPlace};
+use crate::model::{Forwarded, ForwardedOutcome, ForwardedScan, TimeAndPlace};
 use crate::privileges::capabilities;
 use crate::report::ExitStatus;
 use crate::report::gateway::watch::{Rows, Watched};
@@ -287,7 +287,7 @@ impl Watching<'_> {
     /// Gives the next connections to a worker, or only reports them. Returns whether the rows were written.
     ///
     /// # Errors
-    /// The routes cannot be read, or the log cannot be written.
+    /// The routes or the sockets cannot be read, or the log cannot be written.
     fn deal_with_next(&mut self) -> anyhow::Result<io::Result<()>> {
         let Some(takes_listed) = self.takes_listed() else {
             return Ok(Ok(()));
@@ -305,7 +305,9 @@ impl Watching<'_> {
             return Ok(Ok(()));
         }
         let selectors = &self.config.selectors;
-        let mut scan = forwarded::sort_out(entries, selectors, self.timeouts.clone())?;
+        let connections = entries.into_iter().map(|it| Forwarded::new(it, None));
+        let connections = connections.collect();
+        let mut scan = forwarded::sort_out(connections, selectors, self.timeouts.clone())?;
         if let Some(act) = self.config.act {
             forwarded::limit(&mut scan, selectors, act, self.kills_left());
         }

@@ -81,7 +81,7 @@ impl Conntrack {
         })
     }
 
-    /// The entries of TCP of one family for which `keep` returns something. The kernel compares them with `filter` first, if it can.
+    /// Appends what `keep` returns of the entries of TCP of one family to `kept`. The kernel compares them with `filter` first, if it can.
     ///
     /// The kernel walks through its hash table while connections begin and end. An entry that moves meanwhile, because the table
     /// grows, may be missing or come twice.
@@ -92,14 +92,17 @@ impl Conntrack {
         &mut self,
         ipv6: bool,
         filter: &DumpFilter,
+        kept: &mut Vec<T>,
         mut keep: impl FnMut(Entry) -> Option<T>,
-    ) -> Result<Vec<T>, ConntrackError> {
+    ) -> Result<(), ConntrackError> {
+        let before = kept.len();
         let mut filter = Some(filter);
         let mut lost = io::Error::from_raw_os_error(libc::ENOBUFS);
         let mut attempts = 0;
         while attempts < DUMP_ATTEMPTS {
-            match self.dump_once(ipv6, filter, &mut keep) {
-                Ok(entries) => return Ok(entries),
+            kept.truncate(before);
+            match self.dump_once(ipv6, filter, kept, &mut keep) {
+                Ok(()) => return Ok(()),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::ENOBUFS) => {
                         attempts += 1;
@@ -118,9 +121,9 @@ impl Conntrack {
         &mut self,
         ipv6: bool,
         filter: Option<&DumpFilter>,
+        kept: &mut Vec<T>,
         keep: &mut impl FnMut(Entry) -> Option<T>,
-    ) -> io::Result<Vec<T>> {
-        let mut kept = Vec::new();
+    ) -> io::Result<()> {
         let request =
             |bytes: &mut Vec<u8>, sequence| codec::put_dump(bytes, ipv6, filter, sequence);
         self.exchange(request, 0, |answer| {
@@ -133,8 +136,7 @@ impl Conntrack {
                 Answer::Other => {}
             }
             None
-        })?;
-        Ok(kept)
+        })
     }
 
     /// Whether `keeper` has timeout policies. A kernel without the keeper has none.

@@ -55,6 +55,7 @@ const CTA_PROTOINFO_TCP: u16 = 1;
 const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 /// Attributes of a filter, and which parts of the tuple count (net/netfilter/nf_internals.h).
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 const FILTER_IP_SRC: u32 = 1 << 0;
 const FILTER_IP_DST: u32 = 1 << 1;
 const FILTER_PROTO_NUM: u32 = 1 << 3;
@@ -197,11 +198,16 @@ impl Entry {
 pub struct DumpFilter {
     /// The value and the mask of the mark.
     pub mark: Option<(u32, u32)>,
-    /// Parts of the original direction. An IPv6 address is left out.
+    /// Parts of the original direction. IPv6 addresses are left out.
     pub source: Option<IpAddr>,
     pub destination: Option<IpAddr>,
     pub source_port: Option<u16>,
     pub destination_port: Option<u16>,
+    /// Addresses of the reply direction: the real address of the destination, and that which NAT gives to the source.
+    pub reply_source: Option<IpAddr>,
+    pub reply_destination: Option<IpAddr>,
+    /// Linux 6.8.
+    pub zone: Option<u16>,
 }
 
 /// Appends the request for all entries of a family, or those that `filter` lets through.
@@ -218,22 +224,13 @@ fn put_filter(body: &mut Vec<u8>, ipv6: bool, filter: &DumpFilter) {
         put_attribute(body, CTA_MARK, &(value & mask).to_be_bytes());
         put_attribute(body, CTA_MARK_MASK, &mask.to_be_bytes());
     }
-    let (mut flags, mut addresses, mut protocol) = (FILTER_PROTO_NUM, Vec::new(), Vec::new());
-    put_attribute(&mut protocol, CTA_PROTO_NUM, &[TCP]);
-    for (address, kinds, flag) in [
-        (filter.source, (CTA_IP_V4_SRC, CTA_IP_V6_SRC), FILTER_IP_SRC),
-        (
-            filter.destination,
-            (CTA_IP_V4_DST, CTA_IP_V6_DST),
-            FILTER_IP_DST,
-        ),
-    ] {
-        // Of IPv6 the kernel compares the wrong way round, and sends all others (ctnetlink_filter_match_tuple) [measured].
-        if let Some(address) = address.filter(|address| address.is_ipv4() && !ipv6) {
-            put_address(&mut addresses, kinds, address);
-            flags |= flag;
-        }
+    if let Some(zone) = filter.zone {
+        put_attribute(body, CTA_ZONE, &zone.to_be_bytes());
     }
+    let (mut addresses, mut flags) = filtered_addresses(ipv6, filter.source, filter.destination);
+    flags |= FILTER_PROTO_NUM;
+    let mut protocol = Vec::new();
+    put_attribute(&mut protocol, CTA_PROTO_NUM, &[TCP]);
     for (port, kind, flag) in [
         (filter.source_port, CTA_PROTO_SRC_PORT, FILTER_SRC_PORT),
         (filter.destination_port, CTA_PROTO_DST_PORT, FILTER_DST_PORT),
@@ -243,15 +240,40 @@ fn put_filter(body: &mut Vec<u8>, ipv6: bool, filter: &DumpFilter) {
             flags |= flag;
         }
     }
-    let mut tuple = Vec::new();
-    if !addresses.is_empty() {
-        put_nested(&mut tuple, CTA_TUPLE_IP, &addresses);
-    }
-    put_nested(&mut tuple, CTA_TUPLE_PROTO, &protocol);
-    put_nested(body, CTA_TUPLE_ORIG, &tuple);
+    put_nested(&mut addresses, CTA_TUPLE_PROTO, &protocol);
+    put_nested(body, CTA_TUPLE_ORIG, &addresses);
     let mut parts = Vec::new();
     put_attribute(&mut parts, CTA_FILTER_ORIG_FLAGS, &flags.to_ne_bytes());
+    let (addresses, flags) =
+        filtered_addresses(ipv6, filter.reply_source, filter.reply_destination);
+    if flags != 0 {
+        put_nested(body, CTA_TUPLE_REPLY, &addresses);
+        put_attribute(&mut parts, CTA_FILTER_REPLY_FLAGS, &flags.to_ne_bytes());
+    }
     put_nested(body, CTA_FILTER, &parts);
+}
+
+/// The part of a tuple with the addresses that the kernel compares, and the flags for them.
+fn filtered_addresses(
+    ipv6: bool,
+    source: Option<IpAddr>,
+    destination: Option<IpAddr>,
+) -> (Vec<u8>, u32) {
+    let (mut tuple, mut addresses, mut flags) = (Vec::new(), Vec::new(), 0);
+    for (address, kinds, flag) in [
+        (source, (CTA_IP_V4_SRC, CTA_IP_V6_SRC), FILTER_IP_SRC),
+        (destination, (CTA_IP_V4_DST, CTA_IP_V6_DST), FILTER_IP_DST),
+    ] {
+        // Of IPv6 the kernel compares the wrong way round, and sends all others (ctnetlink_filter_match_tuple) [measured].
+        if let Some(address) = address.filter(|address| address.is_ipv4() && !ipv6) {
+            put_address(&mut addresses, kinds, address);
+            flags |= flag;
+        }
+    }
+    if flags != 0 {
+        put_nested(&mut tuple, CTA_TUPLE_IP, &addresses);
+    }
+    (tuple, flags)
 }
 
 /// Where rules keep the timeout policies that they give to connections.

@@ -125,6 +125,12 @@ impl ForwardedSelectors {
             destination: address(&selected.peer),
             source_port: port(&selected.ports),
             destination_port: port(&selected.peer_ports),
+            reply_source: address(&self.nat_destinations),
+            reply_destination: address(&self.nat_sources),
+            zone: match self.zones.len() {
+                1 => self.zones.first().copied(),
+                _ => None,
+            },
         }
     }
 }
@@ -311,13 +317,22 @@ mod tests {
         selectors.original.peer_ports = vec![80..=80];
         selectors.original.ports = vec![1..=9];
         selectors.marks = vec![Mark { value: 1, mask: 3 }];
+        selectors.nat_sources = nets("10.9.2.1/32");
+        selectors.nat_destinations = nets("10.9.3.1/32");
+        selectors.zones = [7].into();
         let expected = DumpFilter {
             mark: Some((1, 3)),
             source: Some("10.9.1.2".parse().unwrap()),
             destination_port: Some(80),
+            reply_source: Some("10.9.3.1".parse().unwrap()),
+            reply_destination: Some("10.9.2.1".parse().unwrap()),
+            zone: Some(7),
             ..DumpFilter::default()
         };
         assert_eq!(selectors.dump_filter(), expected);
+        selectors.nat_sources.clear();
+        selectors.nat_destinations.clear();
+        selectors.zones.insert(8);
         selectors.original.local = nets("10.9.1.2/32,10.9.1.3/32");
         selectors.original.peer_ports = vec![80..=80, 443..=443];
         selectors.marks.push(Mark { value: 2, mask: 3 });

@@ -11,6 +11,9 @@ use crate::conntrack::{self, Conntrack, Entry, Timeouts};
 use crate::filter::forwarded::ForwardedSelectors;
 use crate::model::{Forwarded, ForwardedAct, ForwardedScan, ForwardedSkip};
 use crate::routes::{self, Place};
+use crate::sock_diag::codec::DumpRequest;
+use crate::sock_diag::{DumpError, Family, SockDiag};
+use crate::tcp::{StateSet, Tuple};
 
 /// The connections of the network namespace of the calling thread that match.
 ///
@@ -18,19 +21,19 @@ use crate::routes::{self, Place};
 /// Conntrack or the routes cannot be read.
 pub fn find(selectors: &ForwardedSelectors) -> anyhow::Result<ForwardedScan> {
     let mut conntrack = Conntrack::open()?;
-    let mut entries = matching(selectors, &mut conntrack)?;
+    let mut found = each_matching(selectors, &mut conntrack, |it| Forwarded::new(it, None))?;
     let timeouts = conntrack::timeouts(&mut conntrack);
     // Those that the operator names, and that conntrack does not know.
     for [one, other] in &selectors.connections {
         let by_hand = Entry::by_hand(*one, *other);
-        let is_known = |entry: &Entry| selectors.is_of_connection(entry, &[*one, *other]);
-        if !entries.iter().any(is_known) {
-            entries.push(by_hand);
+        let is_known = |it: &Forwarded| selectors.is_of_connection(&it.entry, &[*one, *other]);
+        if !found.iter().any(is_known) {
+            found.push(Forwarded::new(by_hand, None));
         }
     }
     Ok(ForwardedScan {
         table_use: conntrack::table_use(),
-        ..sort_out(entries, selectors, timeouts)?
+        ..sort_out(found, selectors, timeouts)?
     })
 }
 
@@ -42,43 +45,64 @@ pub fn matching(
     selectors: &ForwardedSelectors,
     conntrack: &mut Conntrack,
 ) -> Result<Vec<Entry>, ConntrackError> {
-    let filter = selectors.dump_filter();
-    let mut entries: Vec<Entry> = Vec::new();
-    for ipv6 in selectors.families() {
-        let keep = |entry: Entry| selectors.matches(&entry).then_some(entry);
-        entries.extend(conntrack.dump(*ipv6, &filter, keep)?);
-    }
-    Ok(entries)
+    each_matching(selectors, conntrack, |entry| entry)
 }
 
-/// Those of the entries that are of forwarded connections, and old enough. The others are counted.
+fn each_matching<T>(
+    selectors: &ForwardedSelectors,
+    conntrack: &mut Conntrack,
+    make: impl Fn(Entry) -> T,
+) -> Result<Vec<T>, ConntrackError> {
+    let filter = selectors.dump_filter();
+    let mut found = Vec::new();
+    for ipv6 in selectors.families() {
+        conntrack.dump(*ipv6, &filter, &mut found, |entry| {
+            let matches = selectors.matches(&entry);
+            matches.then(|| make(entry))
+        })?;
+    }
+    Ok(found)
+}
+
+/// Those of the connections that are forwarded, and old enough. The others are counted.
 ///
 /// # Errors
-/// The routes cannot be read.
+/// The routes or the sockets cannot be read.
 pub fn sort_out(
-    entries: Vec<Entry>,
+    mut found: Vec<Forwarded>,
     selectors: &ForwardedSelectors,
     timeouts: Timeouts,
 ) -> anyhow::Result<ForwardedScan> {
     let mut scan = ForwardedScan::default();
-    let elsewhere = routes::each_not_local(ends(&entries))
+    let elsewhere = routes::each_not_local(ends(&found))
         .context("cannot ask the kernel which addresses are of this host")?;
-    for entry in entries {
-        let is_elsewhere = |address: IpAddr| elsewhere.contains(&place(address));
-        let quiet = timeouts.quiet(&entry);
-        if !is_elsewhere(entry.original.local.ip()) || !is_elsewhere(entry.reply.local.ip()) {
+    let sockets = match found.is_empty() {
+        true => Some(HashSet::new()),
+        false => own_sockets().context("cannot list the sockets of this host")?,
+    };
+    scan.are_sockets_unknown = sockets.is_none();
+    let sockets = sockets.unwrap_or_default();
+    // In place: a table can have a million entries.
+    found.retain_mut(|connection| {
+        let ends_here = connection
+            .views()
+            .iter()
+            .any(|view| !elsewhere.contains(&place(view.local.ip())) || sockets.contains(view));
+        connection.quiet = timeouts.quiet(&connection.entry);
+        let is_too_young = selectors.finds_too_young(connection.quiet);
+        if ends_here {
             scan.ends_here += 1;
-        } else if !selectors.finds_too_young(quiet) {
-            scan.connections.push(Forwarded::new(entry, quiet));
-        } else if quiet.is_some() {
+        } else if is_too_young && connection.quiet.is_some() {
             scan.younger += 1;
-        } else {
+        } else if is_too_young {
             scan.of_unknown_age += 1;
         }
-    }
+        !ends_here && !is_too_young
+    });
+    scan.connections = found;
     // The connections whose last packet is unknown come last.
     scan.connections
-        .sort_by_key(|one| (Reverse(one.quiet), one.entry.original));
+        .sort_unstable_by_key(|one| (Reverse(one.quiet), one.entry.original));
     scan.timeouts = timeouts;
     Ok(scan)
 }
@@ -108,11 +132,38 @@ pub fn limit(
     }
 }
 
+/// The addresses of the connected sockets of this host. A transparent proxy has sockets with addresses of other hosts, so that conntrack shows
+/// its connections like forwarded ones. `None`: this kernel cannot list sockets.
+///
+/// All are listed, instead of looked up by their addresses: one that is bound to an interface or a VRF is only found by that.
+fn own_sockets() -> anyhow::Result<Option<HashSet<Tuple>>> {
+    let Ok(mut diag) = SockDiag::open() else {
+        return Ok(None);
+    };
+    let mut found = HashSet::new();
+    // An IPv6 socket can have a connection of IPv4.
+    for family in [Family::V4, Family::V6] {
+        let request = DumpRequest::plain(family, StateSet::ALL);
+        let listed = diag.dump(&request, |socket| {
+            let tuple = socket.id.tuple();
+            (tuple.peer.port() != 0).then_some(tuple)
+        });
+        match listed {
+            Ok(tuples) => found.extend(tuples),
+            // The kernel has no module tcp_diag.
+            Err(DumpError::Io(error)) if error.raw_os_error() == Some(libc::ENOENT) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Some(found))
+}
+
 /// The addresses of the ends of the connections, after NAT.
-fn ends(entries: &[Entry]) -> HashSet<Place> {
-    let ends = entries.iter();
-    let ends = ends.flat_map(|entry| [entry.original.local.ip(), entry.reply.local.ip()]);
-    ends.map(place).collect()
+fn ends(connections: &[Forwarded]) -> HashSet<Place> {
+    let ends = connections.iter().flat_map(Forwarded::end_addresses);
+    ends.map(|end| place(end.ip())).collect()
 }
 
 fn place(address: IpAddr) -> Place {

@@ -115,13 +115,13 @@ impl EndReport {
 pub enum ForwardedOutcome {
     /// cwkill ended it: both ends have lost it.
     Cut,
-    /// One end, or both, had forgotten it, and now both have lost it.
+    /// One end had forgotten it, and now both have lost it.
     Healed,
     /// One end has lost it, and the other was silent, or in a probe still has it.
     Half,
     /// An end still has it.
     Alive,
-    /// It ended on its own: its entry has vanished, or a new connection has its addresses.
+    /// It ended on its own: both ends had forgotten it, its entry has vanished, or a new connection has its addresses.
     Gone,
     /// cwkill left it alone.
     Skipped(ForwardedSkip),
@@ -153,6 +153,13 @@ pub enum ForwardedSkip {
     /// Zones can have the same addresses with other routes. cwkill asks the routes of the main table.
     #[error("not in the default zone: for a cut name its zone with --zone")]
     OtherZone,
+    /// Policy routing or a VRF: the right path depends on what an entry of conntrack does not say.
+    #[error(
+        "the routes of this host have several paths for it, by interface of arrival or by mark"
+    )]
+    AmbiguousPath,
+    #[error("the routes of this host lead to this host itself")]
+    PathEndsHere,
 }
 
 impl ForwardedSkip {
@@ -176,6 +183,9 @@ pub enum ForwardedFailure {
     NotSent(String),
     #[error("conntrack: {0}")]
     Conntrack(String),
+    /// The queue of the packet socket has overflowed each time.
+    #[error("answers were lost: more packets came than this host could read")]
+    AnswersLost,
 }
 
 impl ForwardedFailure {
@@ -211,10 +221,12 @@ impl EntryDeletion {
 pub fn forwarded_outcome(act: ForwardedAct, ends: [EndReport; 2]) -> ForwardedOutcome {
     let was_reset = ends.iter().any(|end| end.resets > 0);
     let is_alive = ends.iter().any(|end| end.now == EndState::Alive);
+    let had_forgotten = ends.iter().all(|end| end.first == EndState::Gone);
     match ends.map(EndReport::is_over).into() {
         (true, false) | (false, true) if act == ForwardedAct::Probe => ForwardedOutcome::Half,
         _ if is_alive => ForwardedOutcome::Alive,
         (true, true) if act == ForwardedAct::Cut && was_reset => ForwardedOutcome::Cut,
+        (true, true) if had_forgotten => ForwardedOutcome::Gone,
         (true, true) => ForwardedOutcome::Healed,
         (false, false) => ForwardedOutcome::Failed(ForwardedFailure::NoAnswer),
         _ => ForwardedOutcome::Half,
@@ -228,6 +240,8 @@ pub struct ForwardedScan {
     pub connections: Vec<Forwarded>,
     /// The number of those that match and have an end on this host.
     pub ends_here: usize,
+    /// Whether this kernel cannot list sockets, so that those of a transparent proxy are not known.
+    pub are_sockets_unknown: bool,
     /// The number of those that match, except that their last packet is younger than `--min-age`.
     pub younger: usize,
     /// The same, where the time of the last packet is unknown.
@@ -266,10 +280,37 @@ mod tests {
             assert_eq!(name(cut, other, one), expected, "{one:?} {other:?}");
         }
         assert_eq!(name(probe, end(Gone, 0), end(Gone, 0)), "healed");
+        let forgetful = EndReport {
+            first: Gone,
+            ..end(Gone, 0)
+        };
+        for act in [probe, cut] {
+            assert_eq!(name(act, forgetful, end(Gone, 0)), "healed");
+            assert_eq!(name(act, forgetful, forgetful), "gone");
+        }
         assert_eq!(name(probe, end(Gone, 0), end(Alive, 0)), "half");
         assert_eq!(name(probe, end(Gone, 0), end(Quiet, 0)), "half");
         assert_eq!(name(probe, end(Silent, 0), end(Alive, 0)), "alive");
         assert_eq!(name(probe, end(Alive, 0), end(Alive, 0)), "alive");
         assert_eq!(name(probe, end(Gone, 0), end(Silent, 0)), "half");
+    }
+
+    /// Programs compare them.
+    #[test]
+    fn the_man_page_lists_every_code() {
+        use strum::VariantNames;
+        let page = include_str!("../../man/cwkill-gateway.8").replace("\\-", "-");
+        let skips = ForwardedSkip::VARIANTS.iter();
+        let codes = skips.chain(ForwardedFailure::VARIANTS);
+        for code in codes {
+            assert!(page.contains(&format!(".B {code}\n")), "{code}");
+        }
+        for code in ForwardedOutcome::VARIANTS {
+            assert!(page.contains(&format!("\"{code}\"")), "{code}");
+            assert!(page.contains(&format!(".B {code}\n")), "{code}");
+        }
+        for code in EntryDeletion::VARIANTS {
+            assert!(page.contains(&format!("\"{code}\"")), "{code}");
+        }
     }
 }

@@ -1,10 +1,11 @@
-//! The kernel's routing decisions: is an address one of this host? Where does a packet to another host go (`path`)?
+//! The kernel's routing decisions: is an address one of this host? Where do the packets of a forwarded connection go (`path`)?
 //!
 //! cwkill asks the kernel for the route to the address (RTM_GETROUTE, rtnetlink(7)), not for the list of addresses. A prefix can be
 //! local without an address on a device, for example `local 10.0.0.0/8 dev lo` of an anycast service, and ip_nonlocal_bind does not
 //! matter. Each question costs some microseconds, however large the tables are, and needs no privilege.
 
 mod codec;
+mod forwarding;
 mod path;
 mod path_codec;
 
@@ -16,7 +17,8 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use crate::netlink::Overruns;
 use codec::Answer;
-pub use path::{NoPath, Paths};
+pub use forwarding::NoPath;
+pub use path::{Flow, Paths};
 
 /// Questions per datagram. The kernel reserves a page or two for each answer (net/ipv4/route.c, inet_rtm_getroute), and all
 /// answers of a datagram must fit the receive queue (net.core.rmem_default).

@@ -1,47 +1,49 @@
-//! The path of a packet from this host to another one: the interface, and the hardware address of the neighbour.
+//! The paths of the packets of connections that this host forwards: the interface, and the hardware address of the neighbour.
+//!
+//! `forwarding` decides from the routes. The neighbours of all connections that are asked for together are resolved together.
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::SocketAddr as Address;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use nix::errno::Errno;
 
-use super::path_codec::{self as codec, Answer};
-use crate::sys::errno_of;
+use super::forwarding::{self, Hop, NoPath, Origin, Policy, Question, Route};
+use super::path_codec::{self as codec, Answer, Item, Rule};
 use crate::sys::link::{LinkDestination, MAX_HARDWARE_LEN};
 
 /// The kernel gives up on a neighbour after three questions, a second apart (net.ipv4.neigh.default.mcast_solicit, retrans_time_ms).
 const RESOLVE_TIME: Duration = Duration::from_millis(3200);
 const RESOLVE_PAUSE: Duration = Duration::from_millis(2);
-const RECEIVE_BUFFER: usize = 16 * 1024;
+/// For how long a neighbour that did not answer is not waited for again.
+const DEAD_TIME: Duration = Duration::from_secs(30);
+/// For how long the lists of rules and links are used.
+const POLICY_TIME: Duration = Duration::from_secs(1);
+/// The kernel fills a datagram of a list with up to 32 KiB (net/netlink/af_netlink.c, netlink_dump).
+const RECEIVE_BUFFER: usize = 64 * 1024;
 /// linux/if.h, IFF_NOARP: the interface has no neighbours, for example a tunnel.
 const IFF_NOARP: u32 = 0x80;
 
-/// Why there is no path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NoPath {
-    #[error("there is no route to {0}")]
-    NoRoute(IpAddr),
-    #[error("the neighbour {0} does not answer ARP or neighbour discovery")]
-    NoNeighbour(IpAddr),
-    #[error("rtnetlink: {}", crate::sys::os_error(.0))]
-    Netlink(Errno),
+/// A connection whose packets this host forwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// The real addresses of its ends: the kernel routes after the destination is translated, and before the source is.
+    pub ends: [Address; 2],
+    /// The mark of its entry, 0 for none.
+    pub mark: u32,
 }
 
-impl From<io::Error> for NoPath {
-    fn from(error: io::Error) -> Self {
-        NoPath::Netlink(errno_of(&error))
-    }
-}
-
-/// The paths of the network namespace of the thread that opened it. Each is asked for once.
+/// The paths of the network namespace of the thread that opened it.
 pub struct Paths {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
-    known: HashMap<(IpAddr, IpAddr), Result<LinkDestination, NoPath>>,
+    /// What depends on more than addresses, for IPv4 and IPv6, and when it was asked.
+    policies: Option<([Arc<Policy>; 2], Instant)>,
+    /// The neighbours that did not answer, and when.
+    dead: HashMap<Hop, Instant>,
 }
 
 impl Paths {
@@ -57,93 +59,177 @@ impl Paths {
             socket,
             sequence: 0,
             buffer: vec![0; RECEIVE_BUFFER],
-            known: HashMap::new(),
+            policies: None,
+            dead: HashMap::new(),
         })
     }
 
-    /// The path of a packet from the host `from` to the host `to`, as this host would forward it.
-    ///
-    /// # Errors
-    /// [`NoPath`].
-    pub fn to(&mut self, to: IpAddr, from: IpAddr) -> Result<LinkDestination, NoPath> {
-        if let Some(known) = self.known.get(&(to, from)) {
-            return *known;
-        }
-        let found = self.find(to, from);
-        self.known.insert((to, from), found);
-        found
+    /// The paths to both ends of each flow, in order, as this host forwards its packets.
+    pub fn find(&mut self, flows: &[Flow]) -> Vec<Result<[LinkDestination; 2], NoPath>> {
+        let hops: Vec<Result<[Hop; 2], NoPath>> =
+            flows.iter().map(|flow| self.hops(flow)).collect();
+        let known = self.resolve(hops.iter().flatten().flatten().copied());
+        let path = |hop: &Hop| known[hop];
+        let found = hops.iter().map(|hops| match hops {
+            Ok([one, other]) => Ok([path(one)?, path(other)?]),
+            Err(no_path) => Err(*no_path),
+        });
+        found.collect()
     }
 
-    fn find(&mut self, to: IpAddr, from: IpAddr) -> Result<LinkDestination, NoPath> {
-        // A rule of routing can depend on the interface at which packets of the other end arrive: that of the route to it.
-        let arrives = self
-            .route(from, None)?
-            .map(|(interface, _)| (from, interface));
-        let forwarded = match arrives {
-            // The kernel refuses to forward if reverse path filtering would. Then only its own route is left.
-            Some(_) => self.route(to, arrives).unwrap_or(None),
-            None => None,
+    fn hops(&mut self, flow: &Flow) -> Result<[Hop; 2], NoPath> {
+        let policy = self.policy(flow.ends[0].is_ipv6())?;
+        let lookup = &mut |question| self.route(&question, policy.is_hash_unknown);
+        forwarding::hops(flow.ends, flow.mark, &policy, lookup)
+    }
+
+    fn policy(&mut self, ipv6: bool) -> io::Result<Arc<Policy>> {
+        let now = Instant::now();
+        let policies = match self.policies.take() {
+            Some((policies, asked)) if now < asked + POLICY_TIME => (policies, asked),
+            _ => (self.read_policies()?, now),
         };
-        let route = match forwarded {
-            Some(route) => Some(route),
-            None => self.route(to, None)?,
+        let policy = Arc::clone(&policies.0[usize::from(ipv6)]);
+        self.policies = Some(policies);
+        Ok(policy)
+    }
+
+    fn read_policies(&mut self) -> io::Result<[Arc<Policy>; 2]> {
+        let mut links = Vec::new();
+        self.list(codec::links_question, &mut |item| {
+            if let Item::Link(link) = item {
+                links.push(link);
+            }
+        })?;
+        let mut of_family = |ipv6| -> io::Result<Policy> {
+            let mut rules: Vec<Rule> = Vec::new();
+            let question = |sequence| codec::rules_question(ipv6, sequence);
+            self.list(question, &mut |item| {
+                if let Item::Rule(rule) = item {
+                    rules.push(rule);
+                }
+            })?;
+            let is_named = |name: &Vec<u8>| {
+                let mut named = rules.iter();
+                named.any(|rule| rule.arrives_at.as_ref() == Some(name))
+            };
+            let used = || links.iter().filter(|link| link.is_used);
+            let indexes = |wanted: &dyn Fn(&codec::Link) -> bool| -> Vec<u32> {
+                let wanted = used().filter(|link| wanted(link));
+                wanted.map(|link| link.index).collect()
+            };
+            Ok(Policy {
+                interfaces: indexes(&|link| is_named(&link.name)),
+                vrfs: indexes(&|link| link.is_vrf),
+                by_mark: rules.iter().any(|rule| rule.by_mark),
+                all: indexes(&|link| !link.is_vrf),
+                is_hash_unknown: is_hash_unknown(ipv6),
+            })
         };
-        let (interface, gateway) = route.ok_or(NoPath::NoRoute(to))?;
+        Ok([of_family(false)?.into(), of_family(true)?.into()])
+    }
+
+    fn route(&mut self, question: &Question, is_hash_unknown: bool) -> io::Result<Route> {
+        let is_forwarded = matches!(question.origin, Origin::Interface(_));
+        if is_forwarded && is_hash_unknown {
+            let hops = self.ask(|number| codec::hops_question(question, number))?;
+            if hops == Some(Answer::Several) {
+                return Ok(Route::Several);
+            }
+        }
+        match self.ask(|number| codec::route_question(question, number))? {
+            Some(Answer::Route { interface, gateway }) => Ok(Route::To(Hop {
+                interface,
+                neighbour: gateway.unwrap_or(question.to.ip()),
+            })),
+            Some(Answer::Local) => Ok(Route::Here),
+            // ENODEV: the interface is gone. EXDEV: reverse path filtering drops the packet.
+            Some(Answer::Errno(
+                libc::ENETUNREACH
+                | libc::EHOSTUNREACH
+                | libc::EACCES
+                | libc::EINVAL
+                | libc::EXDEV
+                | libc::ENODEV,
+            ))
+            | Some(Answer::NotForwarded) => Ok(Route::None),
+            Some(Answer::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            // A lost answer says nothing about the route.
+            _ => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
+        }
+    }
+
+    /// Resolves all these hops together: asks for each, and waits once.
+    fn resolve(
+        &mut self,
+        hops: impl Iterator<Item = Hop>,
+    ) -> HashMap<Hop, Result<LinkDestination, NoPath>> {
+        let mut known: HashMap<Hop, Result<LinkDestination, NoPath>> = HashMap::new();
+        let mut open: Vec<Hop> = Vec::new();
+        for hop in hops {
+            if known.contains_key(&hop) {
+                continue;
+            }
+            let found = self.destination(hop).map_err(NoPath::from);
+            if let Ok(None) = found {
+                open.push(hop);
+            }
+            let found = found.and_then(|found| found.ok_or(NoPath::NoNeighbour(hop.neighbour)));
+            known.insert(hop, found);
+        }
+        let now = Instant::now();
+        self.dead.retain(|_, since| now < *since + DEAD_TIME);
+        // One that did not answer is asked again, but not waited for.
+        let is_awaited = |hop: &Hop| !self.dead.contains_key(hop);
+        let mut awaited: Vec<Hop> = open.iter().copied().filter(is_awaited).collect();
+        for hop in open {
+            let request = |number| codec::resolve_request(hop.neighbour, hop.interface, number);
+            // Where it is refused, the neighbour does not answer.
+            let _ = self.ask(request);
+        }
+        let until = now + RESOLVE_TIME;
+        while !awaited.is_empty() && Instant::now() < until {
+            std::thread::sleep(RESOLVE_PAUSE);
+            awaited.retain(|hop| match self.destination(*hop) {
+                Ok(None) => true,
+                Ok(Some(found)) => {
+                    known.insert(*hop, Ok(found));
+                    false
+                }
+                Err(error) => {
+                    known.insert(*hop, Err(error.into()));
+                    false
+                }
+            });
+        }
+        let now = Instant::now();
+        self.dead.extend(awaited.into_iter().map(|hop| (hop, now)));
+        known
+    }
+
+    /// The place of a hop on its link; `None` if its hardware address is not known now.
+    fn destination(&mut self, hop: Hop) -> io::Result<Option<LinkDestination>> {
         let mut destination = LinkDestination {
-            interface,
+            interface: hop.interface,
             hardware: [0; MAX_HARDWARE_LEN],
             hardware_len: 0,
         };
-        if let Some(Answer::Link(flags)) =
-            self.ask(|number| codec::link_question(interface, number))?
-            && flags & IFF_NOARP != 0
-        {
-            return Ok(destination);
+        let link = self.ask(|number| codec::link_question(hop.interface, number))?;
+        match link {
+            Some(Answer::Link(flags)) if flags & IFF_NOARP != 0 => return Ok(Some(destination)),
+            Some(Answer::Errno(errno)) => return Err(io::Error::from_raw_os_error(errno)),
+            _ => {}
         }
-        let hop = gateway.unwrap_or(to);
-        let hardware = self.neighbour(hop, interface)?;
-        let hardware = hardware.ok_or(NoPath::NoNeighbour(hop))?;
-        let room = destination.hardware.get_mut(..hardware.len());
-        room.ok_or(NoPath::NoNeighbour(hop))?
-            .copy_from_slice(&hardware);
+        let question = |number| codec::neighbour_question(hop.neighbour, hop.interface, number);
+        let Some(Answer::Neighbour(Some(hardware))) = self.ask(question)? else {
+            return Ok(None);
+        };
+        let Some(room) = destination.hardware.get_mut(..hardware.len()) else {
+            return Ok(None);
+        };
+        room.copy_from_slice(&hardware);
         destination.hardware_len = u8::try_from(hardware.len()).expect("at most 8");
-        Ok(destination)
-    }
-
-    /// The interface and the gateway; `None` if the route does not lead to another host.
-    fn route(
-        &mut self,
-        to: IpAddr,
-        arrives: Option<(IpAddr, u32)>,
-    ) -> io::Result<Option<(u32, Option<IpAddr>)>> {
-        match self.ask(|number| codec::route_question(to, arrives, number))? {
-            Some(Answer::Route { interface, gateway }) => Ok(Some((interface, gateway))),
-            Some(Answer::Errno(
-                libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL | libc::EXDEV,
-            )) => Ok(None),
-            Some(Answer::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            _ => Ok(None),
-        }
-    }
-
-    /// The hardware address of a neighbour. If it is not known, the kernel asks for it.
-    fn neighbour(&mut self, hop: IpAddr, interface: u32) -> io::Result<Option<Vec<u8>>> {
-        let until = Instant::now() + RESOLVE_TIME;
-        let mut has_asked = false;
-        loop {
-            let known = self.ask(|number| codec::neighbour_question(hop, interface, number))?;
-            if let Some(Answer::Neighbour(Some(hardware))) = known {
-                return Ok(Some(hardware));
-            }
-            if !has_asked {
-                self.ask(|number| codec::resolve_request(hop, interface, number))?;
-                has_asked = true;
-            }
-            if Instant::now() >= until {
-                return Ok(None);
-            }
-            std::thread::sleep(RESOLVE_PAUSE);
-        }
+        Ok(Some(destination))
     }
 
     /// Sends a question, and reads its answer: the kernel answers inside send(). `None`: the answer was lost, or is an unknown one.
@@ -151,10 +237,8 @@ impl Paths {
         self.sequence = self.sequence.wrapping_add(1);
         self.socket.send(&question(self.sequence), 0)?;
         loop {
-            match self
-                .socket
-                .recv(&mut &mut self.buffer[..], libc::MSG_DONTWAIT)
-            {
+            let room = &mut &mut self.buffer[..];
+            match self.socket.recv(room, libc::MSG_DONTWAIT) {
                 Ok(length) => {
                     if let Some(answer) = codec::answer(&self.buffer[..length], self.sequence) {
                         return Ok(Some(answer));
@@ -166,4 +250,38 @@ impl Paths {
             }
         }
     }
+
+    /// Sends a question for a list, and reads the list. It is short, and the kernel sends the rest when it was read.
+    fn list(
+        &mut self,
+        question: impl Fn(u32) -> Vec<u8>,
+        handle: &mut dyn FnMut(Item),
+    ) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.socket.send(&question(self.sequence), 0)?;
+        loop {
+            let length = match self.socket.recv(&mut &mut self.buffer[..], 0) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                length => length?,
+            };
+            for item in codec::items(&self.buffer[..length], self.sequence) {
+                match item {
+                    // A kernel without rules, or without this family.
+                    Item::Done(0 | libc::EAFNOSUPPORT | libc::EOPNOTSUPP) => return Ok(()),
+                    Item::Done(errno) => return Err(io::Error::from_raw_os_error(errno)),
+                    item => handle(item),
+                }
+            }
+        }
+    }
+}
+
+/// Whether nobody can tell which hop of a route with several ones a forwarded packet takes (net/ipv4/route.c, fib_multipath_hash;
+/// net/ipv6/route.c, rt6_multipath_hash).
+///
+/// With the policy for ports the kernel takes the number that the link has computed for a packet, if it has: many devices do. The hash of
+/// IPv6 has the flow label, and with named fields too it differs from that of an answer to RTM_GETROUTE (measured on Linux 6.18).
+fn is_hash_unknown(ipv6: bool) -> bool {
+    const POLICY: &str = "/proc/sys/net/ipv4/fib_multipath_hash_policy";
+    ipv6 || std::fs::read_to_string(POLICY).is_ok_and(|policy| policy.trim() == "1")
 }

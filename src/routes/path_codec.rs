@@ -3,8 +3,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NLMSG_DONE,
+};
 
+use super::forwarding::{Origin, Question};
 use crate::netlink::{self, attributes, put_attribute};
 
 const RTM_NEWLINK: u16 = 16;
@@ -13,21 +16,48 @@ const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_GETNEIGH: u16 = 30;
+const RTM_NEWRULE: u16 = 32;
+const RTM_GETRULE: u16 = 34;
 
 /// `struct rtmsg` and the place of the type of the route in it.
 const ROUTE_LEN: usize = 12;
 const ROUTE_TYPE: usize = 7;
 const RTN_UNICAST: u8 = 1;
+const RTN_LOCAL: u8 = 2;
 const RTA_DST: u16 = 1;
 const RTA_SRC: u16 = 2;
 const RTA_IIF: u16 = 3;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTA_MULTIPATH: u16 = 9;
+const RTA_MARK: u16 = 16;
 const RTA_VIA: u16 = 18;
+const RTA_IP_PROTO: u16 = 27;
+const RTA_SPORT: u16 = 28;
+const RTA_DPORT: u16 = 29;
+const RTA_NH_ID: u16 = 30;
+/// The place of the flags in `struct rtmsg`, and the one for the route as it is configured, instead of the hop that is chosen.
+const ROUTE_FLAGS: usize = 8;
+const RTM_F_FIB_MATCH: u32 = 0x2000;
+/// `struct rtnexthop`, whose first two bytes are its length.
+const NEXT_HOP_LEN: usize = 8;
+const TCP: u8 = 6;
 
-/// `struct ifinfomsg` and the place of the flags in it.
+/// `struct fib_rule_hdr` (linux/fib_rules.h).
+const RULE_LEN: usize = 12;
+const FRA_IIFNAME: u16 = 3;
+const FRA_FWMARK: u16 = 10;
+
+/// `struct ifinfomsg` and the places of the index and of the flags in it.
 const LINK_LEN: usize = 16;
+const LINK_INDEX: usize = 4;
 const LINK_FLAGS: usize = 8;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+/// linux/if.h.
+const IFF_UP: u32 = 0x1;
+const IFF_LOOPBACK: u32 = 0x8;
 
 /// `struct ndmsg`: family, padding of three bytes, interface, state, flags, type.
 const NEIGHBOUR_LEN: usize = 12;
@@ -62,18 +92,55 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// The question for the route of a packet to `to`: one of this host, or one from `from` that arrives at an interface.
-pub(super) fn route_question(to: IpAddr, arrives: Option<(IpAddr, u32)>, sequence: u32) -> Vec<u8> {
+/// The question for the route of a packet. Ports and the protocol count for rules and for the hash of a route with several hops.
+pub(super) fn route_question(question: &Question, sequence: u32) -> Vec<u8> {
+    let Question { to, from, .. } = question;
     let mut body = vec![0; ROUTE_LEN];
-    body[0] = family(to);
-    body[1] = u8::try_from(octets(to).len() * 8).expect("at most 128 bits");
-    put_attribute(&mut body, RTA_DST, &octets(to));
-    if let Some((from, interface)) = arrives {
-        body[2] = body[1];
-        put_attribute(&mut body, RTA_SRC, &octets(from));
-        put_attribute(&mut body, RTA_IIF, &interface.to_ne_bytes());
+    body[0] = family(to.ip());
+    body[1] = u8::try_from(octets(to.ip()).len() * 8).expect("at most 128 bits");
+    put_attribute(&mut body, RTA_DST, &octets(to.ip()));
+    match question.origin {
+        Origin::Interface(interface) => {
+            body[2] = body[1];
+            put_attribute(&mut body, RTA_SRC, &octets(from.ip()));
+            put_attribute(&mut body, RTA_IIF, &interface.to_ne_bytes());
+        }
+        // The kernel refuses a source that is not of this host.
+        Origin::Host => {}
+        Origin::Vrf(vrf) => put_attribute(&mut body, RTA_OIF, &vrf.to_ne_bytes()),
     }
+    if question.mark != 0 {
+        put_attribute(&mut body, RTA_MARK, &question.mark.to_ne_bytes());
+    }
+    put_attribute(&mut body, RTA_IP_PROTO, &[TCP]);
+    put_attribute(&mut body, RTA_SPORT, &from.port().to_be_bytes());
+    put_attribute(&mut body, RTA_DPORT, &to.port().to_be_bytes());
     message(RTM_GETROUTE, NLM_F_REQUEST, sequence, &body)
+}
+
+/// The question for the route as it is configured: the answer has all its hops.
+pub(super) fn hops_question(question: &Question, sequence: u32) -> Vec<u8> {
+    let mut bytes = route_question(question, sequence);
+    bytes[netlink::HEADER_LEN + ROUTE_FLAGS..][..4].copy_from_slice(&RTM_F_FIB_MATCH.to_ne_bytes());
+    bytes
+}
+
+/// The question for all links.
+pub(super) fn links_question(sequence: u32) -> Vec<u8> {
+    message(
+        RTM_GETLINK,
+        NLM_F_REQUEST | NLM_F_DUMP,
+        sequence,
+        &[0; LINK_LEN],
+    )
+}
+
+/// The question for all rules of a family.
+pub(super) fn rules_question(ipv6: bool, sequence: u32) -> Vec<u8> {
+    let mut body = vec![0; RULE_LEN];
+    let family = if ipv6 { libc::AF_INET6 } else { libc::AF_INET };
+    body[0] = u8::try_from(family).expect("AF_INET and AF_INET6 are small");
+    message(RTM_GETRULE, NLM_F_REQUEST | NLM_F_DUMP, sequence, &body)
 }
 
 /// The question for a link.
@@ -127,7 +194,11 @@ pub(super) enum Answer {
         interface: u32,
         gateway: Option<IpAddr>,
     },
-    /// A route that does not lead to another host.
+    /// A route with several hops.
+    Several,
+    /// The kernel delivers the packet to this host.
+    Local,
+    /// A route that leads nowhere.
     NotForwarded,
     /// The flags of a link (linux/if.h).
     Link(u32),
@@ -135,6 +206,94 @@ pub(super) enum Answer {
     Neighbour(Option<Vec<u8>>),
     /// 0: an acknowledgement. Otherwise the errno.
     Errno(i32),
+}
+
+/// A link of a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Link {
+    pub index: u32,
+    pub name: Vec<u8>,
+    /// Whether it is up, and not the loopback interface.
+    pub is_used: bool,
+    pub is_vrf: bool,
+}
+
+/// A rule of a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    /// The name of the interface at which packets arrive.
+    pub arrives_at: Option<Vec<u8>>,
+    pub by_mark: bool,
+}
+
+/// A message of a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Item {
+    Link(Link),
+    Rule(Rule),
+    /// The end of the list; 0, or the errno with which it failed.
+    Done(i32),
+}
+
+/// The messages of a list with this number.
+pub(super) fn items(datagram: &[u8], sequence: u32) -> impl Iterator<Item = Item> {
+    let messages = netlink::messages(datagram);
+    let messages = messages.filter(move |message| message.sequence_number() == sequence);
+    messages.filter_map(|message| {
+        if let Some(errno) = netlink::errno(&message) {
+            return Some(Item::Done(errno));
+        }
+        let payload = message.payload();
+        match message.message_type() {
+            NLMSG_DONE => Some(Item::Done(0)),
+            RTM_NEWLINK => link(payload).map(Item::Link),
+            RTM_NEWRULE => rule(payload).map(Item::Rule),
+            _ => None,
+        }
+    })
+}
+
+fn link(payload: &[u8]) -> Option<Link> {
+    let index = u32::from_ne_bytes(*payload.get(LINK_INDEX..)?.first_chunk()?);
+    let flags = u32::from_ne_bytes(*payload.get(LINK_FLAGS..)?.first_chunk()?);
+    let (mut name, mut is_vrf) = (Vec::new(), false);
+    for (kind, value) in attributes(payload.get(LINK_LEN..)?) {
+        match kind {
+            IFLA_IFNAME => name = text(value),
+            IFLA_LINKINFO => {
+                is_vrf = attributes(value)
+                    .any(|(kind, value)| kind == IFLA_INFO_KIND && text(value) == b"vrf");
+            }
+            _ => {}
+        }
+    }
+    Some(Link {
+        index,
+        name,
+        is_used: flags & IFF_UP != 0 && flags & IFF_LOOPBACK == 0,
+        is_vrf,
+    })
+}
+
+fn rule(payload: &[u8]) -> Option<Rule> {
+    let (mut arrives_at, mut by_mark) = (None, false);
+    for (kind, value) in attributes(payload.get(RULE_LEN..)?) {
+        match kind {
+            FRA_IIFNAME => arrives_at = Some(text(value)),
+            FRA_FWMARK => by_mark = true,
+            _ => {}
+        }
+    }
+    Some(Rule {
+        arrives_at,
+        by_mark,
+    })
+}
+
+/// A string without the NUL at its end.
+fn text(value: &[u8]) -> Vec<u8> {
+    let end = value.iter().position(|byte| *byte == 0);
+    value[..end.unwrap_or(value.len())].to_vec()
 }
 
 /// The first answer to the request with this number.
@@ -164,19 +323,37 @@ pub(super) fn answer(datagram: &[u8], sequence: u32) -> Option<Answer> {
 
 fn route(payload: &[u8]) -> Option<Answer> {
     let (mut interface, mut gateway) = (None, None);
+    let (mut hops, mut is_object) = (0, false);
     for (kind, value) in attributes(payload.get(ROUTE_LEN..)?) {
         match kind {
             RTA_OIF => interface = value.first_chunk().map(|index| u32::from_ne_bytes(*index)),
             RTA_GATEWAY => gateway = address(value),
+            RTA_MULTIPATH => hops = next_hops(value),
+            RTA_NH_ID => is_object = true,
             // A gateway of the other family: the family in two bytes, then the address.
             RTA_VIA => gateway = address(value.get(2..)?),
             _ => {}
         }
     }
     Some(match (payload[ROUTE_TYPE], interface) {
+        // Of a group of nexthop objects the kernel may name only the id (net.ipv4.nexthop_compat_mode).
+        (RTN_UNICAST, interface) if hops > 1 || (is_object && interface.is_none()) => {
+            Answer::Several
+        }
         (RTN_UNICAST, Some(interface)) => Answer::Route { interface, gateway },
+        (RTN_LOCAL, _) => Answer::Local,
         _ => Answer::NotForwarded,
     })
+}
+
+fn next_hops(mut bytes: &[u8]) -> usize {
+    let mut count = 0;
+    while let Some(length) = bytes.first_chunk() {
+        let length = usize::from(u16::from_ne_bytes(*length)).max(NEXT_HOP_LEN);
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        count += 1;
+    }
+    count
 }
 
 #[cfg(test)]
@@ -215,13 +392,72 @@ mod tests {
             to(Some("fe80::1"))
         );
         // Local, unreachable, and without an interface.
-        for kind in [2, 7] {
-            assert_eq!(
-                route_of(kind, &[(RTA_OIF, &interface)]),
-                Some(Answer::NotForwarded)
-            );
-        }
+        let of_kind = |kind| route_of(kind, &[(RTA_OIF, &interface)]);
+        assert_eq!(of_kind(2), Some(Answer::Local));
+        assert_eq!(of_kind(7), Some(Answer::NotForwarded));
         assert_eq!(route_of(1, &[]), Some(Answer::NotForwarded));
+        let hop = [16, 0, 0, 0, 3, 0, 0, 0, 8, 0, 5, 0, 10, 0, 0, 1];
+        if cfg!(target_endian = "little") {
+            let hops = [hop, hop].concat();
+            assert_eq!(route_of(1, &[(9, &hops)]), Some(Answer::Several));
+        }
+        assert_eq!(route_of(1, &[(30, &[1, 0, 0, 0])]), Some(Answer::Several));
+        let object: &[(u16, &[u8])] = &[(RTA_OIF, &interface), (30, &[1, 0, 0, 0])];
+        assert_eq!(route_of(1, object), to(None));
+    }
+
+    #[test]
+    fn links_and_rules_are_listed() {
+        let mut datagram = Vec::new();
+        let mut put = |kind, body: &[u8]| netlink::put_message(&mut datagram, kind, 0, 4, body);
+        let link = |index: u32, flags: u32, name: &[u8], kind: Option<&[u8]>| {
+            let mut body = vec![0; LINK_LEN];
+            body[LINK_INDEX..][..4].copy_from_slice(&index.to_ne_bytes());
+            body[LINK_FLAGS..][..4].copy_from_slice(&flags.to_ne_bytes());
+            put_attribute(&mut body, IFLA_IFNAME, name);
+            if let Some(kind) = kind {
+                let mut info = Vec::new();
+                put_attribute(&mut info, IFLA_INFO_KIND, kind);
+                put_attribute(&mut body, IFLA_LINKINFO, &info);
+            }
+            body
+        };
+        put(RTM_NEWLINK, &link(1, 0x9, b"lo\0", None));
+        put(RTM_NEWLINK, &link(2, 0x1043, b"eth0\0", Some(b"veth")));
+        put(RTM_NEWLINK, &link(3, 0x1, b"red\0", Some(b"vrf\0")));
+        let mut rule = vec![0; RULE_LEN];
+        put(RTM_NEWRULE, &rule);
+        put_attribute(&mut rule, FRA_IIFNAME, b"eth0\0");
+        put_attribute(&mut rule, FRA_FWMARK, &[1, 0, 0, 0]);
+        put(RTM_NEWRULE, &rule);
+        put(NLMSG_DONE, &[0; 4]);
+        let link = |index, name: &[u8], is_used, is_vrf| {
+            Item::Link(Link {
+                index,
+                name: name.to_vec(),
+                is_used,
+                is_vrf,
+            })
+        };
+        let rule = |arrives_at: Option<&[u8]>, by_mark| {
+            Item::Rule(Rule {
+                arrives_at: arrives_at.map(<[u8]>::to_vec),
+                by_mark,
+            })
+        };
+        let expected = [
+            link(1, b"lo", false, false),
+            link(2, b"eth0", true, false),
+            link(3, b"red", true, true),
+            rule(None, false),
+            rule(Some(b"eth0"), true),
+            Item::Done(0),
+        ];
+        assert_eq!(items(&datagram, 4).collect::<Vec<_>>(), expected);
+        assert_eq!(items(&datagram, 5).count(), 0);
+        for length in 0..datagram.len() {
+            assert!(items(&datagram[..length], 4).count() <= 5);
+        }
     }
 
     #[test]
@@ -249,18 +485,32 @@ mod tests {
 
     #[test]
     fn questions_are_as_the_kernel_reads_them() {
-        let bytes = route_question(ip("10.9.1.2"), Some((ip("10.9.2.2"), 5)), 1);
+        let question = |to: &str, from: &str, origin, mark| {
+            let question = Question {
+                to: to.parse().unwrap(),
+                from: from.parse().unwrap(),
+                origin,
+                mark,
+            };
+            route_question(&question, 1)
+        };
+        let bytes = question("10.9.1.2:80", "10.9.2.2:4000", Origin::Interface(5), 0x0102);
         let body = &bytes[netlink::HEADER_LEN..];
         assert_eq!(body[..3], [2, 32, 32]);
         let parts: Vec<(u16, &[u8])> = attributes(&body[ROUTE_LEN..]).collect();
-        let interface = 5u32.to_ne_bytes();
-        let expected: [(u16, &[u8]); 3] =
-            [(1, &[10, 9, 1, 2]), (2, &[10, 9, 2, 2]), (3, &interface)];
-        assert_eq!(parts, expected);
-        assert_eq!(
-            route_question(ip("fd00::1"), None, 1).len(),
-            netlink::HEADER_LEN + 12 + 20
-        );
+        let (interface, mark) = (5u32.to_ne_bytes(), 0x0102u32.to_ne_bytes());
+        let of_tcp: [(u16, &[u8]); 3] = [(27, &[6]), (28, &[0x0f, 0xa0]), (29, &[0, 80])];
+        let expected: [(u16, &[u8]); 4] = [
+            (1, &[10, 9, 1, 2]),
+            (2, &[10, 9, 2, 2]),
+            (3, &interface),
+            (16, &mark),
+        ];
+        assert_eq!(parts, [&expected[..], &of_tcp[..]].concat());
+        for (origin, vrf) in [(Origin::Host, 0), (Origin::Vrf(5), 8)] {
+            let bytes = question("[fd00::1]:80", "[fd00::2]:4000", origin, 0);
+            assert_eq!(bytes.len(), netlink::HEADER_LEN + 12 + 20 + 24 + vrf);
+        }
         let link = link_question(0x0102, 1);
         assert_eq!(
             link[netlink::HEADER_LEN + 4..][..4],

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 pub const MAX_HARDWARE_LEN: usize = 8;
 
 /// The next hop of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkDestination {
     /// The index of the interface.
     pub interface: u32,

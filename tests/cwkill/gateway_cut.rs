@@ -41,7 +41,7 @@ pub fn connections(host: &Host) -> Result<usize> {
 }
 
 /// The connections of a document.
-fn results(ran: &Ran) -> Vec<Value> {
+pub fn results(ran: &Ran) -> Vec<Value> {
     match &ran.json()["connections"] {
         Value::Array(connections) => connections.clone(),
         _ => panic!("no connections in the document: {ran:?}"),
@@ -50,7 +50,7 @@ fn results(ran: &Ran) -> Vec<Value> {
 
 /// Asserts that each connection has this outcome.
 #[track_caller]
-fn all_are(ran: &Ran, outcome: &str, count: usize) {
+pub fn all_are(ran: &Ran, outcome: &str, count: usize) {
     let results = results(ran);
     assert_eq!(results.len(), count, "{ran:?}");
     for connection in results {

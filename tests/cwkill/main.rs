@@ -22,6 +22,8 @@ mod expressions;
 mod facts;
 mod gateway;
 mod gateway_cut;
+mod gateway_luck;
+mod gateway_paths;
 mod gateway_watch;
 mod iterator;
 mod least_privilege;
@@ -95,6 +97,8 @@ const MODULES: &[(&str, &[Test])] = modules![
     facts,
     gateway,
     gateway_cut,
+    gateway_luck,
+    gateway_paths,
     gateway_watch,
     chaos,
     runbooks,

@@ -94,6 +94,8 @@ pub enum SocketOption {
     NonBlocking(bool),
     /// TCP_REPAIR.
     Repair(bool),
+    /// IP_TRANSPARENT: a listener accepts connections to addresses of other hosts.
+    Transparent(bool),
     /// TCP_ULP "tls", and TLS_TX and TLS_RX with the same key: TLS 1.2 with AES-128-GCM.
     KernelTls,
 }

@@ -20,7 +20,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::prctl;
-use nix::sys::socket::sockopt::{TcpRepair, TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo};
+use nix::sys::socket::sockopt::{
+    IpTransparent, TcpRepair, TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo,
+};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair,
 };
@@ -635,6 +637,7 @@ fn set_option(socket: &Socket, option: SocketOption) -> io::Result<()> {
         SocketOption::DropIncoming(true) => socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)]),
         SocketOption::DropIncoming(false) => socket.detach_filter(),
         SocketOption::NonBlocking(on) => socket.set_nonblocking(on),
+        SocketOption::Transparent(on) => Ok(setsockopt(socket, IpTransparent, &on)?),
         SocketOption::Repair(on) => Ok(setsockopt(socket, TcpRepair, &u32::from(on))?),
         SocketOption::KernelTls => {
             setsockopt(socket, TcpUlp::default(), b"tls")?;

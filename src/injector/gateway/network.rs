@@ -2,20 +2,13 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::net::SocketAddr;
 
 use super::Network;
 use crate::packet::capture::{Capture, Seen};
 use crate::packet::link::LinkSender;
-use crate::routes::{NoPath, Paths};
+use crate::routes::{Flow, NoPath, Paths};
+use crate::sys::link::LinkDestination;
 use crate::tcp::{Segment, Seq, Tuple};
-
-/// Why a segment was not sent.
-#[derive(Debug)]
-pub enum SendFailure {
-    NoPath(NoPath),
-    Send(io::Error),
-}
 
 /// The network namespace of the thread that opened it.
 pub struct LinkNetwork {
@@ -44,27 +37,24 @@ impl LinkNetwork {
 }
 
 impl Network for LinkNetwork {
-    fn find_path(&mut self, to: SocketAddr, other: SocketAddr) -> Result<(), NoPath> {
-        self.paths.to(to.ip(), other.ip()).map(drop)
+    fn find_paths(&mut self, flows: &[Flow]) -> Vec<Result<[LinkDestination; 2], NoPath>> {
+        self.paths.find(flows)
     }
 
     fn listen(&mut self, views: &[Tuple]) -> io::Result<()> {
         self.capture.filter_for(Seen::Arriving, views)
     }
 
-    fn send(
-        &mut self,
-        segment: &Segment,
-        to: SocketAddr,
-        other: SocketAddr,
-    ) -> Result<(), SendFailure> {
-        let path = self.paths.to(to.ip(), other.ip());
-        let path = path.map_err(SendFailure::NoPath)?;
-        self.sender.send(segment, path).map_err(SendFailure::Send)
+    fn send(&mut self, segment: &Segment, to: LinkDestination) -> io::Result<()> {
+        self.sender.send(segment, to)
     }
 
     fn drain(&mut self, handle: &mut dyn FnMut(Segment)) -> io::Result<()> {
         self.capture.drain(handle)
+    }
+
+    fn has_lost(&mut self) -> bool {
+        self.capture.has_lost()
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "32 random bits are enough")]

@@ -47,8 +47,20 @@ pub(super) struct Questions {
     retry: Duration,
     ends: Vec<End>,
     by_view: HashMap<Tuple, usize>,
-    /// Whether a new connection has the addresses, for each connection.
-    reopened: Vec<bool>,
+    connections: Vec<Connection>,
+}
+
+/// What is known of a connection besides its ends.
+#[derive(Clone, Copy, Debug, Default)]
+struct Connection {
+    /// A new connection has the addresses, or the entry has vanished.
+    is_reopened: bool,
+    /// The operator wanted to stop before it was reset.
+    is_cancelled: bool,
+    /// Segments were lost before it was reset: a SYN may have been among them.
+    is_unclear: bool,
+    /// Segments were lost after it was reset: an answer may be of a new connection.
+    is_only_verified: bool,
 }
 
 impl Questions {
@@ -71,13 +83,80 @@ impl Questions {
             retry,
             ends,
             by_view,
-            reopened: vec![false; views.len()],
+            connections: vec![Connection::default(); views.len()],
         }
     }
 
     /// Whether a new connection has the addresses of the connection with this index, or its entry has vanished.
     pub fn is_reopened(&self, connection: usize) -> bool {
-        self.reopened[connection]
+        self.connections[connection].is_reopened
+    }
+
+    /// Whether the connection with this index was left because the operator wanted to stop.
+    pub fn is_cancelled(&self, connection: usize) -> bool {
+        self.connections[connection].is_cancelled
+    }
+
+    /// Whether the connection with this index must be looked up and asked anew: segments were lost, and nothing was reset.
+    pub fn is_unclear(&self, connection: usize) -> bool {
+        self.connections[connection].is_unclear
+    }
+
+    /// Whether an answer is sure to be of the old connection.
+    pub fn may_reset(&self, connection: usize) -> bool {
+        let it = &self.connections[connection];
+        !(it.is_reopened || it.is_unclear || it.is_only_verified)
+    }
+
+    /// An RST has left to the end.
+    pub fn reset_sent(&mut self, index: usize) {
+        self.ends[index].report.resets += 1;
+    }
+
+    /// Asks no more about the connections that were not reset. Those that were are verified.
+    pub fn cancel(&mut self) {
+        for connection in 0..self.connections.len() {
+            if !self.is_reset(connection) && self.is_due(connection) {
+                self.connections[connection].is_cancelled = true;
+                self.end(connection);
+            }
+        }
+    }
+
+    /// Segments were lost. A SYN of a new connection may have been among them, so no answer counts for an RST any more. What was reset is
+    /// asked again, because the answer may have been lost.
+    pub fn note_loss(&mut self, now: Instant) {
+        for connection in 0..self.connections.len() {
+            if !self.is_reset(connection) {
+                self.connections[connection].is_unclear = true;
+                self.end(connection);
+                continue;
+            }
+            self.connections[connection].is_only_verified = true;
+            for end in &mut self.ends[connection * 2..][..2] {
+                if end.due.is_some() {
+                    end.silences = 0;
+                    end.due = Some(now);
+                }
+            }
+        }
+    }
+
+    fn is_reset(&self, connection: usize) -> bool {
+        let mut ends = self.ends[connection * 2..][..2].iter();
+        ends.any(|end| end.report.resets > 0)
+    }
+
+    fn is_due(&self, connection: usize) -> bool {
+        let mut ends = self.ends[connection * 2..][..2].iter();
+        ends.any(|end| end.due.is_some())
+    }
+
+    /// Asks neither end of a connection again.
+    fn end(&mut self, connection: usize) {
+        for end in &mut self.ends[connection * 2..][..2] {
+            end.due = None;
+        }
     }
 
     /// The reports of both ends of the connection with this index.
@@ -87,11 +166,8 @@ impl Questions {
 
     /// The entry of the connection of this end has vanished, so no RST was sent: nothing more is asked.
     pub fn stop(&mut self, index: usize) {
-        self.reopened[index / 2] = true;
-        let end = &mut self.ends[index];
-        end.report.resets = end.report.resets.saturating_sub(1);
-        end.due = None;
-        self.ends[index ^ 1].due = None;
+        self.connections[index / 2].is_reopened = true;
+        self.end(index / 2);
     }
 
     /// When the next question is due; `None` if nothing more is to be asked.
@@ -106,10 +182,12 @@ impl Questions {
         ends.filter(is_due).map(|(index, _)| index).collect()
     }
 
-    /// The next question to an end that is due, with random numbers; `None` if its silence says enough.
+    /// The next question to an end that is due, with random numbers; `None` if its silence says enough, or it is not due any more.
     pub fn ask(&mut self, index: usize, seq: Seq, nonce: Seq, now: Instant) -> Option<Segment> {
         let retry = self.retry;
         let end = &mut self.ends[index];
+        // It was due, but an answer has come meanwhile.
+        end.due.filter(|due| *due <= now)?;
         if end.silences >= MAX_SILENCES {
             end.due = None;
             end.report.now = match end.report.first {
@@ -128,9 +206,12 @@ impl Questions {
         Some(question(end.view, seq, nonce))
     }
 
-    /// The question could not be sent: the end is not asked again.
+    /// A segment could not be sent: the end is not asked again. If nothing was reset, the other end is left alone too.
     pub fn not_sent(&mut self, index: usize) {
         self.ends[index].due = None;
+        if !self.is_reset(index / 2) {
+            self.end(index / 2);
+        }
     }
 
     /// A SYN has passed this host.
@@ -140,9 +221,7 @@ impl Questions {
             peer: segment.to,
         };
         if let Some(&index) = self.by_view.get(&view) {
-            self.reopened[index / 2] = true;
-            self.ends[index].due = None;
-            self.ends[index ^ 1].due = None;
+            self.stop(index);
         }
     }
 
@@ -200,13 +279,13 @@ impl Questions {
             end.report.first = EndState::Alive;
         }
         end.silences = 0;
-        if self.act == ForwardedAct::Probe || end.report.resets >= MAX_RESETS {
+        let is_only_verified = self.connections[index / 2].is_only_verified;
+        if self.act == ForwardedAct::Probe || is_only_verified || end.report.resets >= MAX_RESETS {
             end.due = None;
             self.settle(index, now);
             return Vec::new();
         }
         // The RST and the next question take the same way. If the RST ends the connection, the question is answered with RST.
-        end.report.resets += 1;
         end.silences = 1;
         end.nonces.push(nonce);
         end.due = Some(now + retry);
@@ -221,7 +300,7 @@ impl Questions {
     /// has not, the other is left alone. What answers RST in the place of an end (a firewall, a proxy, another host behind the same address)
     /// does not show that the end has forgotten it.
     fn settle(&mut self, index: usize, now: Instant) {
-        if self.reopened[index / 2] {
+        if self.connections[index / 2].is_reopened {
             return;
         }
         let other = index ^ 1;

@@ -123,6 +123,11 @@ fn talk(act: ForwardedAct, mut peers: [Peer; 2]) -> ([EndReport; 2], Duration, [
                     }
                     number += 2;
                     let more = questions.note(&answer, Seq(number << 8), Seq(number), now);
+                    for (index, segment) in &more {
+                        if segment.flags == TcpFlags::RST {
+                            questions.reset_sent(*index);
+                        }
+                    }
                     on_their_way.extend(more);
                 }
             }
@@ -293,4 +298,69 @@ fn after_a_syn_nothing_is_sent_any_more() {
         }
         assert_eq!(questions.next_due(), None);
     }
+}
+
+fn answer(side: usize, ack: u32) -> Segment {
+    Segment {
+        from: views()[side].local,
+        to: views()[side].peer,
+        seq: Seq(1),
+        ack: Seq(ack),
+        flags: TcpFlags::ACK,
+        payload_len: 0,
+    }
+}
+
+/// Two connections, of which the source of the first was reset.
+fn one_reset(now: Instant) -> Questions {
+    let second = [
+        tuple("10.9.1.3:40000", "10.9.2.2:7000"),
+        tuple("10.9.2.2:7000", "10.9.2.1:1025"),
+    ];
+    let mut questions = Questions::new(ForwardedAct::Cut, &[views(), second], RETRY, now);
+    for index in 0..4 {
+        questions.ask(index, Seq(1), Seq(9), now).unwrap();
+    }
+    let sent = questions.note(&answer(0, 3), Seq(1), Seq(2), now);
+    assert_eq!(sent.len(), 2);
+    questions.reset_sent(0);
+    questions
+}
+
+#[test]
+fn what_was_reset_is_verified_also_after_an_interrupt() {
+    let now = Instant::now();
+    let mut questions = one_reset(now);
+    questions.cancel();
+    assert_eq!([0, 1].map(|it| questions.is_cancelled(it)), [false, true]);
+    // The other end is reset too: half a connection is worse than none.
+    let sent = questions.note(&answer(1, 3), Seq(1), Seq(2), now);
+    assert_eq!(sent[0].1.flags, TcpFlags::RST);
+    let later = now + RETRY;
+    assert_eq!(questions.due(later), [0, 1]);
+}
+
+/// A SYN may have been among the lost segments, so an answer may be of a new connection.
+#[test]
+fn after_a_loss_nothing_is_reset_and_silence_does_not_count() {
+    let now = Instant::now();
+    let mut questions = one_reset(now);
+    questions.note_loss(now);
+    assert_eq!([0, 1].map(|it| questions.is_unclear(it)), [false, true]);
+    assert!(!questions.may_reset(0) && !questions.may_reset(1));
+    // Both ends of the first are asked twice more, those of the second no more.
+    for round in 0..MAX_SILENCES {
+        let now = now + u32::from(round) * RETRY;
+        assert_eq!(questions.due(now), [0, 1]);
+        for index in [0, 1] {
+            assert!(questions.ask(index, Seq(1), Seq(2), now).is_some());
+        }
+    }
+    assert_eq!(questions.note(&answer(1, 3), Seq(1), Seq(2), now), []);
+    let alive = EndReport {
+        first: EndState::Alive,
+        now: EndState::Alive,
+        resets: 0,
+    };
+    assert_eq!(questions.reports(0)[1], alive);
 }

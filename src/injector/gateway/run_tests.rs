@@ -1,25 +1,33 @@
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
+use super::exchange::delete_picked_up;
 use super::*;
+use crate::conntrack::ConntrackState;
 use crate::conntrack::codec::Zone;
-use crate::model::{EndReport, Method};
+use crate::model::{EndReport, EntryDeletion, Method};
 use crate::tcp::TcpFlags;
 
-/// A clock that only sleeping moves.
-struct Clock(Mutex<Instant>);
+/// A clock that only sleeping moves, and a Ctrl-C.
+struct Clock {
+    now: Mutex<Instant>,
+    interrupted: Arc<AtomicBool>,
+}
 
 impl Control for Clock {
     fn now(&self) -> Instant {
-        *self.0.lock().unwrap()
+        *self.now.lock().unwrap()
     }
 
     fn sleep(&self, duration: Duration) {
-        *self.0.lock().unwrap() += duration;
+        *self.now.lock().unwrap() += duration;
     }
 
     fn interrupted(&self) -> bool {
-        false
+        self.interrupted.load(Ordering::Relaxed)
     }
 
     fn progress(&self, _: Method, _: usize) {}
@@ -33,28 +41,50 @@ struct Hosts {
     sent: Vec<Segment>,
     answers: Vec<Segment>,
     drawn: u32,
+    /// The errnos with which an interface refuses its next segments.
+    refusals: HashMap<u32, VecDeque<i32>>,
+    /// The numbers of the sent segments after which captured ones are lost.
+    losses: Vec<usize>,
+    /// Ctrl-C comes with the first RST.
+    is_interrupted_by_reset: bool,
+    interrupted: Arc<AtomicBool>,
 }
 
 impl Network for Hosts {
-    fn find_path(&mut self, to: SocketAddr, _: SocketAddr) -> Result<(), NoPath> {
-        match self.without_path.contains(&to) {
-            true => Err(NoPath::NoRoute(to.ip())),
-            false => Ok(()),
-        }
+    fn find_paths(&mut self, flows: &[Flow]) -> Vec<Result<[LinkDestination; 2], NoPath>> {
+        let found = flows.iter().map(|flow| {
+            let mut missing = flow
+                .ends
+                .iter()
+                .filter(|end| self.without_path.contains(end));
+            match missing.next() {
+                Some(end) => Err(NoPath::NoRoute(end.ip())),
+                None => Ok([1, 2].map(|interface| LinkDestination {
+                    interface,
+                    ..LinkDestination::default()
+                })),
+            }
+        });
+        found.collect()
     }
 
     fn listen(&mut self, _: &[Tuple]) -> io::Result<()> {
         Ok(())
     }
 
-    fn send(
-        &mut self,
-        segment: &Segment,
-        to: SocketAddr,
-        _: SocketAddr,
-    ) -> Result<(), SendFailure> {
-        assert_eq!(segment.to, to);
+    fn send(&mut self, segment: &Segment, link: LinkDestination) -> io::Result<()> {
+        let to = segment.to;
+        if let Some(errno) = self
+            .refusals
+            .get_mut(&link.interface)
+            .and_then(VecDeque::pop_front)
+        {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         self.sent.push(*segment);
+        if self.is_interrupted_by_reset && segment.flags == TcpFlags::RST {
+            self.interrupted.store(true, Ordering::Relaxed);
+        }
         let answer = |seq, ack, flags| Segment {
             from: segment.to,
             to: segment.from,
@@ -81,6 +111,12 @@ impl Network for Hosts {
     fn drain(&mut self, handle: &mut dyn FnMut(Segment)) -> io::Result<()> {
         self.answers.drain(..).for_each(handle);
         Ok(())
+    }
+
+    fn has_lost(&mut self) -> bool {
+        let count = self.losses.len();
+        self.losses.retain(|after| self.sent.len() < *after);
+        self.losses.len() < count
     }
 
     fn random(&mut self) -> Seq {
@@ -145,7 +181,10 @@ fn run_on(
     rate: u32,
 ) -> (Vec<Forwarded>, Duration) {
     let start = Instant::now();
-    let clock = Clock(Mutex::new(start));
+    let clock = Clock {
+        now: Mutex::new(start),
+        interrupted: Arc::clone(&hosts.interrupted),
+    };
     let mut connections: Vec<Forwarded> = entries
         .iter()
         .map(|entry| Forwarded::new(entry.clone(), None))
@@ -280,7 +319,7 @@ fn connections_with_the_same_addresses_are_asked_one_after_the_other() {
     let mut hosts = living(&entries[..1]);
     let all = ForwardedSelectors::default();
     let (connections, _) = run_on(&entries, &all, &mut table, &mut hosts, 20_000);
-    assert_eq!(outcomes(&connections), ["cut", "healed"]);
+    assert_eq!(outcomes(&connections), ["cut", "gone"]);
     // That both ends are gone says nothing about those of another zone.
     assert_eq!(table.deleted, entries[..1]);
     assert_eq!(connections[0].deleted, Some(EntryDeletion::Offloaded));
@@ -359,4 +398,101 @@ impl Table for AlwaysFinds {
         self.1 += 1;
         Ok(Delete::Deleted)
     }
+}
+
+#[test]
+fn a_refused_segment_is_sent_again_and_a_dead_interface_is_said() {
+    let entries = [entry(1), entry(2)];
+    let table = || Entries {
+        now: entries.to_vec(),
+        ..Entries::default()
+    };
+    let all = ForwardedSelectors::default();
+    for errno in [libc::EAGAIN, libc::ENOBUFS, libc::ENETDOWN] {
+        let mut hosts = living(&entries);
+        hosts.refusals = [(1, vec![errno; 5].into()), (2, vec![errno; 2].into())].into();
+        let (connections, _) = run_on(&entries, &all, &mut table(), &mut hosts, 20_000);
+        assert_eq!(outcomes(&connections), ["cut", "cut"]);
+    }
+    // An interface that stays down is waited for once.
+    for errno in [libc::ENETDOWN, libc::ENXIO] {
+        let mut hosts = living(&entries);
+        hosts.refusals = [(2, vec![errno; 100].into())].into();
+        let mut table = table();
+        let (connections, took) = run_on(&entries, &all, &mut table, &mut hosts, 20_000);
+        for connection in &connections {
+            let Some(ForwardedOutcome::Failed(failure)) = &connection.outcome else {
+                panic!("{connection:?}");
+            };
+            assert_eq!(failure.code(), "not-sent");
+            assert_eq!(connection.ends.map(|end| end.resets), [0, 0]);
+        }
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        assert!(table.deleted.is_empty());
+        assert!(hosts.refusals[&2].len() >= 100 - 6 - 1, "{errno}");
+    }
+}
+
+/// Only the end that was reset before is verified, and its other end is reset too.
+#[test]
+fn an_interrupt_leaves_no_reset_unverified() {
+    let entries: Vec<Entry> = (1..=20).map(entry).collect();
+    let mut table = Entries {
+        now: entries.clone(),
+        ..Entries::default()
+    };
+    let mut hosts = Hosts {
+        is_interrupted_by_reset: true,
+        ..living(&entries)
+    };
+    let all = ForwardedSelectors::default();
+    let (connections, _) = run_on(&entries, &all, &mut table, &mut hosts, 100);
+    let outcomes = outcomes(&connections);
+    let cut = outcomes.iter().filter(|outcome| **outcome == "cut").count();
+    let skipped = outcomes.iter().filter(|outcome| **outcome == "skipped");
+    assert!((1..20).contains(&cut), "{outcomes:?}");
+    assert_eq!(skipped.count(), 20 - cut);
+    for (connection, outcome) in connections.iter().zip(outcomes) {
+        let is_cut = outcome == "cut";
+        let resets = connection.ends.map(|end| end.resets);
+        assert_eq!(resets, [u8::from(is_cut); 2], "{connection:?}");
+    }
+    assert_eq!(table.deleted.len(), cut);
+}
+
+#[test]
+fn connections_are_asked_anew_when_answers_were_lost() {
+    let entries = [entry(1), entry(2)];
+    let all = ForwardedSelectors::default();
+    // After the questions, and each time.
+    for (losses, outcome) in [(vec![4], "cut"), ((1..=60).collect(), "failed")] {
+        let mut table = Entries {
+            now: entries.to_vec(),
+            ..Entries::default()
+        };
+        let mut hosts = Hosts {
+            losses,
+            ..living(&entries)
+        };
+        let (connections, _) = run_on(&entries, &all, &mut table, &mut hosts, 20_000);
+        assert_eq!(outcomes(&connections), [outcome; 2]);
+        if outcome == "failed" {
+            assert!(table.deleted.is_empty());
+            assert!(hosts.sent.iter().all(|it| it.flags == TcpFlags::ACK));
+        }
+    }
+}
+
+#[test]
+fn what_both_ends_have_forgotten_is_gone_and_its_entry_is_deleted() {
+    let entries = [entry(1)];
+    let mut table = Entries {
+        now: entries.to_vec(),
+        ..Entries::default()
+    };
+    let all = ForwardedSelectors::default();
+    let mut nobody = Hosts::default();
+    let (connections, _) = run_on(&entries, &all, &mut table, &mut nobody, 20_000);
+    assert_eq!(outcomes(&connections), ["gone"]);
+    assert_eq!(table.deleted, entries);
 }

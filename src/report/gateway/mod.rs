@@ -181,6 +181,12 @@ pub fn notes(run: &ForwardedRun, config: &GatewayConfig) -> Vec<String> {
         )),
         Some(_) => {}
     }
+    if scan.are_sockets_unknown {
+        notes.push(
+            "this kernel cannot list sockets (module tcp_diag): connections of a transparent proxy on this host are not recognized"
+                .to_owned(),
+        );
+    }
     if scan.timeouts.by_policy {
         notes.push(
             "rules can give connections timeouts of their own here (`ct timeout`), and an entry does not tell which it has: the \
