@@ -119,6 +119,7 @@ pub fn limit(
         let zone = connection.entry.zone.id;
         let is_named = act == ForwardedAct::Cut && selectors.zones.contains(&zone);
         connection.skip = match left {
+            _ if scan.are_sockets_unknown => Some(ForwardedSkip::SocketsUnknown),
             _ if selectors.finds_being_opened(&connection.entry) => {
                 Some(ForwardedSkip::BeingOpened)
             }
@@ -137,8 +138,11 @@ pub fn limit(
 ///
 /// All are listed, instead of looked up by their addresses: one that is bound to an interface or a VRF is only found by that.
 fn own_sockets() -> anyhow::Result<Option<HashSet<Tuple>>> {
-    let Ok(mut diag) = SockDiag::open() else {
-        return Ok(None);
+    let mut diag = match SockDiag::open() {
+        Ok(diag) => diag,
+        // The kernel has no module sock_diag.
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(None),
+        Err(error) => return Err(error.into()),
     };
     let mut found = HashSet::new();
     // An IPv6 socket can have a connection of IPv4.
@@ -220,5 +224,23 @@ mod tests {
         };
         assert_eq!(codes(probe, &named, None), ["none", zone, "none", "none"]);
         assert_eq!(codes(cut, &named, Some(3)), ["none", "none", "none", over]);
+    }
+
+    /// The connection may be of a transparent proxy on this host.
+    #[test]
+    fn without_a_list_of_sockets_nothing_is_acted_on() {
+        let mut scan = ForwardedScan {
+            connections: vec![Forwarded::new(
+                Entry::example("10.0.0.1:5", "10.0.0.2:80"),
+                None,
+            )],
+            are_sockets_unknown: true,
+            ..ForwardedScan::default()
+        };
+        for act in [ForwardedAct::Probe, ForwardedAct::Cut] {
+            limit(&mut scan, &ForwardedSelectors::default(), act, None);
+            let skip = scan.connections[0].skip;
+            assert_eq!(skip, Some(ForwardedSkip::SocketsUnknown));
+        }
     }
 }

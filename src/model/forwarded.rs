@@ -42,6 +42,12 @@ impl Forwarded {
         [self.entry.original, self.entry.reply]
     }
 
+    /// Whether both ends had forgotten it before cwkill asked. Of one that is `Gone` this tells the reason: otherwise its entry had vanished,
+    /// or a new connection has its addresses.
+    pub fn both_had_forgotten(&self) -> bool {
+        self.ends.iter().all(|end| end.first == EndState::Gone)
+    }
+
     /// The addresses of the ends.
     pub fn end_addresses(&self) -> [SocketAddr; 2] {
         self.views().map(|view| view.local)
@@ -121,7 +127,8 @@ pub enum ForwardedOutcome {
     Half,
     /// An end still has it.
     Alive,
-    /// It ended on its own: both ends had forgotten it, its entry has vanished, or a new connection has its addresses.
+    /// It ended on its own: both ends had forgotten it ([`Forwarded::both_had_forgotten`]), its entry has vanished, or a new connection has
+    /// its addresses.
     Gone,
     /// cwkill left it alone.
     Skipped(ForwardedSkip),
@@ -160,6 +167,11 @@ pub enum ForwardedSkip {
     AmbiguousPath,
     #[error("the routes of this host lead to this host itself")]
     PathEndsHere,
+    /// A transparent proxy is recognized by its sockets only.
+    #[error(
+        "this kernel cannot list sockets (module tcp_diag): it may be of a transparent proxy on this host"
+    )]
+    SocketsUnknown,
 }
 
 impl ForwardedSkip {
@@ -183,7 +195,7 @@ pub enum ForwardedFailure {
     NotSent(String),
     #[error("conntrack: {0}")]
     Conntrack(String),
-    /// The queue of the packet socket has overflowed each time.
+    /// The queue of the packet socket has overflowed.
     #[error("answers were lost: more packets came than this host could read")]
     AnswersLost,
 }

@@ -67,7 +67,7 @@ pub(super) enum Origin {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Route {
     To(Hop),
-    /// To one of several hops, and nobody can tell which.
+    /// To one of several hops, and nobody can tell which; or in another packet.
     Several,
     /// The kernel would deliver the packet to this host.
     Here,
@@ -91,8 +91,8 @@ pub(super) struct Policy {
 
 /// Steps from a start to a pair of hops that fits.
 const MAX_STEPS: usize = 4;
-/// The interfaces that are tried if nothing else leads to both ends.
-const MAX_INTERFACES: usize = 64;
+/// The interfaces and VRFs that are tried. With more, one that was left out could lead to another pair.
+const MAX_STARTS: usize = 256;
 
 /// The hops to both ends. `mark` is that of the entry of the connection: packets may have it too.
 ///
@@ -104,6 +104,9 @@ pub(super) fn hops(
     policy: &Policy,
     lookup: &mut dyn FnMut(Question) -> io::Result<Route>,
 ) -> Result<[Hop; 2], NoPath> {
+    if policy.interfaces.len() + policy.vrfs.len() > MAX_STARTS {
+        return Err(NoPath::Ambiguous);
+    }
     let mut search = Search {
         ends,
         lookup,
@@ -125,8 +128,11 @@ pub(super) fn hops(
         }
     }
     if search.found.is_none() {
+        if policy.all.len() > MAX_STARTS {
+            return Err(NoPath::Ambiguous);
+        }
         // The source alone may select a table.
-        for &interface in policy.all.iter().take(MAX_INTERFACES) {
+        for &interface in &policy.all {
             search.start_at(interface, 0)?;
         }
     }
@@ -149,7 +155,9 @@ impl Search<'_> {
     fn result(self) -> Result<[Hop; 2], NoPath> {
         match (self.found, self.here) {
             _ if self.is_unsteady => Err(NoPath::Ambiguous),
-            (Some(hops), _) => Ok(hops),
+            // The kernel may take its packets for its own, for example by a mark (a transparent proxy).
+            (Some(_), Some(_)) => Err(NoPath::Ambiguous),
+            (Some(hops), None) => Ok(hops),
             (None, Some(end)) => Err(NoPath::EndsHere(end)),
             (None, None) => Err(NoPath::NoRoute(self.missing.unwrap_or(self.ends[0].ip()))),
         }
@@ -339,6 +347,40 @@ mod tests {
         assert_eq!(found(&policy, 5, marked), Err(NoPath::Ambiguous));
         assert_eq!(found(&policy, 6, marked), Ok([1, 2]));
         assert_eq!(found(&Policy::default(), 5, marked), Ok([1, 2]));
+    }
+
+    /// A transparent proxy: packets with the mark end on this host.
+    #[test]
+    fn with_a_path_that_ends_here_none_is_taken() {
+        let diverted = |is_client, _, mark| match (is_client, mark) {
+            (_, 5) => 99,
+            (true, _) => 1,
+            (false, _) => 2,
+        };
+        let policy = Policy {
+            by_mark: true,
+            ..Policy::default()
+        };
+        assert_eq!(found(&policy, 5, diverted), Err(NoPath::Ambiguous));
+        assert_eq!(found(&policy, 6, diverted), Ok([1, 2]));
+    }
+
+    #[test]
+    fn with_more_interfaces_than_are_tried_none_is_taken() {
+        let many: Vec<u32> = (1..).take(MAX_STARTS + 1).collect();
+        let plain = |is_client, _, _| if is_client { 1 } else { 2 };
+        let nowhere = |_, _, _| 0;
+        let of_all = Policy {
+            all: many.clone(),
+            ..Policy::default()
+        };
+        assert_eq!(found(&of_all, 0, plain), Ok([1, 2]));
+        assert_eq!(found(&of_all, 0, nowhere), Err(NoPath::Ambiguous));
+        let named = Policy {
+            interfaces: many,
+            ..Policy::default()
+        };
+        assert_eq!(found(&named, 0, plain), Err(NoPath::Ambiguous));
     }
 
     #[test]

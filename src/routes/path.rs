@@ -64,11 +64,15 @@ impl Paths {
         })
     }
 
-    /// The paths to both ends of each flow, in order, as this host forwards its packets.
-    pub fn find(&mut self, flows: &[Flow]) -> Vec<Result<[LinkDestination; 2], NoPath>> {
+    /// The paths to both ends of each flow, in order, as this host forwards its packets. Once `is_over`, it waits for no neighbour any more.
+    pub fn find(
+        &mut self,
+        flows: &[Flow],
+        is_over: &dyn Fn() -> bool,
+    ) -> Vec<Result<[LinkDestination; 2], NoPath>> {
         let hops: Vec<Result<[Hop; 2], NoPath>> =
             flows.iter().map(|flow| self.hops(flow)).collect();
-        let known = self.resolve(hops.iter().flatten().flatten().copied());
+        let known = self.resolve(hops.iter().flatten().flatten().copied(), is_over);
         let path = |hop: &Hop| known[hop];
         let found = hops.iter().map(|hops| match hops {
             Ok([one, other]) => Ok([path(one)?, path(other)?]),
@@ -163,6 +167,7 @@ impl Paths {
     fn resolve(
         &mut self,
         hops: impl Iterator<Item = Hop>,
+        is_over: &dyn Fn() -> bool,
     ) -> HashMap<Hop, Result<LinkDestination, NoPath>> {
         let mut known: HashMap<Hop, Result<LinkDestination, NoPath>> = HashMap::new();
         let mut open: Vec<Hop> = Vec::new();
@@ -189,6 +194,9 @@ impl Paths {
         }
         let until = now + RESOLVE_TIME;
         while !awaited.is_empty() && Instant::now() < until {
+            if is_over() {
+                return known;
+            }
             std::thread::sleep(RESOLVE_PAUSE);
             awaited.retain(|hop| match self.destination(*hop) {
                 Ok(None) => true,
@@ -280,8 +288,9 @@ impl Paths {
 /// net/ipv6/route.c, rt6_multipath_hash).
 ///
 /// With the policy for ports the kernel takes the number that the link has computed for a packet, if it has: many devices do. The hash of
-/// IPv6 has the flow label, and with named fields too it differs from that of an answer to RTM_GETROUTE (measured on Linux 6.18).
+/// IPv6 has the flow label, and with named fields too it differs from that of an answer to RTM_GETROUTE (measured on Linux 6.18). The other
+/// policies were not measured. A kernel without such routes has no setting, and then the answer does not matter.
 fn is_hash_unknown(ipv6: bool) -> bool {
     const POLICY: &str = "/proc/sys/net/ipv4/fib_multipath_hash_policy";
-    ipv6 || std::fs::read_to_string(POLICY).is_ok_and(|policy| policy.trim() == "1")
+    ipv6 || !std::fs::read_to_string(POLICY).is_ok_and(|policy| policy.trim() == "0")
 }

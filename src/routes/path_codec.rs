@@ -32,6 +32,7 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_MARK: u16 = 16;
 const RTA_VIA: u16 = 18;
+const RTA_ENCAP_TYPE: u16 = 21;
 const RTA_IP_PROTO: u16 = 27;
 const RTA_SPORT: u16 = 28;
 const RTA_DPORT: u16 = 29;
@@ -47,6 +48,7 @@ const TCP: u8 = 6;
 const RULE_LEN: usize = 12;
 const FRA_IIFNAME: u16 = 3;
 const FRA_FWMARK: u16 = 10;
+const FRA_FWMASK: u16 = 16;
 
 /// `struct ifinfomsg` and the places of the index and of the flags in it.
 const LINK_LEN: usize = 16;
@@ -194,7 +196,8 @@ pub(super) enum Answer {
         interface: u32,
         gateway: Option<IpAddr>,
     },
-    /// A route with several hops.
+    /// A route with several hops, or one that puts packets into other ones (MPLS, SRv6, a tunnel): a plain packet to its neighbour could reach
+    /// another host.
     Several,
     /// The kernel delivers the packet to this host.
     Local,
@@ -280,7 +283,8 @@ fn rule(payload: &[u8]) -> Option<Rule> {
     for (kind, value) in attributes(payload.get(RULE_LEN..)?) {
         match kind {
             FRA_IIFNAME => arrives_at = Some(text(value)),
-            FRA_FWMARK => by_mark = true,
+            // Of the mark 0 the kernel reports only the mask.
+            FRA_FWMARK | FRA_FWMASK => by_mark = true,
             _ => {}
         }
     }
@@ -323,13 +327,14 @@ pub(super) fn answer(datagram: &[u8], sequence: u32) -> Option<Answer> {
 
 fn route(payload: &[u8]) -> Option<Answer> {
     let (mut interface, mut gateway) = (None, None);
-    let (mut hops, mut is_object) = (0, false);
+    let (mut hops, mut is_object, mut is_wrapped) = (0, false, false);
     for (kind, value) in attributes(payload.get(ROUTE_LEN..)?) {
         match kind {
             RTA_OIF => interface = value.first_chunk().map(|index| u32::from_ne_bytes(*index)),
             RTA_GATEWAY => gateway = address(value),
             RTA_MULTIPATH => hops = next_hops(value),
             RTA_NH_ID => is_object = true,
+            RTA_ENCAP_TYPE => is_wrapped = true,
             // A gateway of the other family: the family in two bytes, then the address.
             RTA_VIA => gateway = address(value.get(2..)?),
             _ => {}
@@ -337,7 +342,9 @@ fn route(payload: &[u8]) -> Option<Answer> {
     }
     Some(match (payload[ROUTE_TYPE], interface) {
         // Of a group of nexthop objects the kernel may name only the id (net.ipv4.nexthop_compat_mode).
-        (RTN_UNICAST, interface) if hops > 1 || (is_object && interface.is_none()) => {
+        (RTN_UNICAST, interface)
+            if hops > 1 || is_wrapped || (is_object && interface.is_none()) =>
+        {
             Answer::Several
         }
         (RTN_UNICAST, Some(interface)) => Answer::Route { interface, gateway },
@@ -404,6 +411,9 @@ mod tests {
         assert_eq!(route_of(1, &[(30, &[1, 0, 0, 0])]), Some(Answer::Several));
         let object: &[(u16, &[u8])] = &[(RTA_OIF, &interface), (30, &[1, 0, 0, 0])];
         assert_eq!(route_of(1, object), to(None));
+        // MPLS (LWTUNNEL_ENCAP_MPLS).
+        let wrapped: &[(u16, &[u8])] = &[(RTA_OIF, &interface), (21, &[1, 0]), (22, &[0; 4])];
+        assert_eq!(route_of(1, wrapped), Some(Answer::Several));
     }
 
     #[test]
@@ -427,6 +437,10 @@ mod tests {
         put(RTM_NEWLINK, &link(3, 0x1, b"red\0", Some(b"vrf\0")));
         let mut rule = vec![0; RULE_LEN];
         put(RTM_NEWRULE, &rule);
+        // fwmark 0/0xff00.
+        let mut unmarked = rule.clone();
+        put_attribute(&mut unmarked, 16, &[0, 0xff, 0, 0]);
+        put(RTM_NEWRULE, &unmarked);
         put_attribute(&mut rule, FRA_IIFNAME, b"eth0\0");
         put_attribute(&mut rule, FRA_FWMARK, &[1, 0, 0, 0]);
         put(RTM_NEWRULE, &rule);
@@ -450,13 +464,14 @@ mod tests {
             link(2, b"eth0", true, false),
             link(3, b"red", true, true),
             rule(None, false),
+            rule(None, true),
             rule(Some(b"eth0"), true),
             Item::Done(0),
         ];
         assert_eq!(items(&datagram, 4).collect::<Vec<_>>(), expected);
         assert_eq!(items(&datagram, 5).count(), 0);
         for length in 0..datagram.len() {
-            assert!(items(&datagram[..length], 4).count() <= 5);
+            assert!(items(&datagram[..length], 4).count() <= 6);
         }
     }
 

@@ -131,21 +131,24 @@ fn an_interface_that_goes_away_costs_only_its_connections() -> Result<()> {
 
 fn what_both_ends_have_forgotten_is_gone(family: Family) -> Result<()> {
     let gateway = Gateway::start(family, Nat::Both)?;
-    for line in ["--probe --all --json", "--cut --all --active --json"] {
-        let pairs = gateway.connect(2)?;
-        for (client, server) in &pairs {
-            gateway.client.forget(&[client.fd])?;
-            gateway.server.forget(&[server.fd])?;
-        }
+    for (client, server) in &gateway.connect(2)? {
+        gateway.client.forget(&[client.fd])?;
+        gateway.server.forget(&[server.fd])?;
+    }
+    // A probe keeps the entries: something else may have answered.
+    for (line, entry, left) in [
+        ("--probe --all --json", "null", 2),
+        ("--cut --all --active --json", "deleted", 0),
+    ] {
         let ran = gateway.gateway(line)?.exits(0);
         all_are(&ran, "gone", 2);
         for connection in results(&ran) {
             for end in ["source", "destination"] {
                 assert_eq!(at(&connection, &format!("/result/{end}/first")), "gone");
             }
-            assert_eq!(at(&connection, "/result/entry"), "deleted");
+            assert_eq!(at(&connection, "/result/entry"), entry);
         }
-        assert_eq!(gateway.listed("")?.len(), 0);
+        assert_eq!(gateway.listed("")?.len(), left);
     }
     Ok(())
 }

@@ -10,8 +10,8 @@ use super::{ForwardedRules, Network, Pending, Table};
 use crate::conntrack::{ConntrackState, Delete, Entry};
 use crate::control::Control;
 use crate::model::{
-    EndState, EntryDeletion, ForwardedAct, ForwardedFailure, ForwardedOutcome, ForwardedSkip,
-    forwarded_outcome,
+    EndState, EntryDeletion, Forwarded, ForwardedAct, ForwardedFailure, ForwardedOutcome,
+    ForwardedSkip, forwarded_outcome,
 };
 use crate::tcp::{Segment, TcpFlags, Tuple};
 
@@ -19,7 +19,7 @@ use crate::tcp::{Segment, TcpFlags, Tuple};
 const BURST: usize = 32;
 const SHORTEST_PAUSE: Duration = Duration::from_micros(50);
 const LONGEST_PAUSE: Duration = Duration::from_millis(1);
-/// How often the ends of a connection are asked anew because answers were lost.
+/// How often the ends of a connection are asked in all, if answers are lost each time.
 const MAX_ATTEMPTS: u8 = 3;
 /// The pauses in milliseconds before a segment that was refused is sent again. A queue of a link drains in this time.
 const SEND_PAUSES_MS: [u64; 5] = [1, 2, 4, 8, 16];
@@ -70,9 +70,10 @@ impl<'x, 'c> Exchange<'x, 'c> {
             // A new connection may have the addresses by now, and the id of the entry. Its entry must stay.
             self.capture(&mut VecDeque::new());
             it.connection.ends = self.questions.reports(index);
-            if self.failures[index].is_none() && self.questions.is_unclear(index) {
+            if self.failures[index].is_none() && self.questions.is_lost(index) {
                 it.attempts += 1;
-                if it.attempts < MAX_ATTEMPTS {
+                // A probe ends nothing that lives. A cut would end also a new connection whose SYN was lost: its entry can have the same id.
+                if self.act == ForwardedAct::Probe && it.attempts < MAX_ATTEMPTS {
                     it.connection.ends = Default::default();
                     again.push(it);
                     continue;
@@ -87,14 +88,21 @@ impl<'x, 'c> Exchange<'x, 'c> {
     /// Sets the outcome of a connection, and deletes its entry if it is over.
     fn conclude(&mut self, index: usize, it: &mut Pending<'_>) {
         let connection = &mut *it.connection;
-        if self.questions.is_reopened(index) {
+        if self.questions.has_ended(index) {
             connection.outcome = Some(ForwardedOutcome::Gone);
+            // That is not why it is gone.
+            if connection.both_had_forgotten() {
+                connection.ends = Default::default();
+            }
             return;
         }
         let ends = connection.ends;
         let is_asked = ends.iter().all(|end| end.now != EndState::NotAsked);
         let is_left = !is_asked || self.questions.is_cancelled(index);
         let outcome = match self.failures[index].take() {
+            Some(ForwardedFailure::NotSent(reason)) => ForwardedOutcome::Failed(
+                ForwardedFailure::NotSent(with_what_was_done(reason, connection)),
+            ),
             Some(failure) => ForwardedOutcome::Failed(failure),
             None if is_left => ForwardedOutcome::Skipped(ForwardedSkip::Interrupted),
             None => forwarded_outcome(self.act, ends),
@@ -102,12 +110,16 @@ impl<'x, 'c> Exchange<'x, 'c> {
         let is_over = match outcome {
             ForwardedOutcome::Cut => true,
             // Hosts that answer RST in the main table may not be those of another zone.
-            ForwardedOutcome::Healed | ForwardedOutcome::Gone => connection.entry.zone.id == 0,
+            ForwardedOutcome::Healed => connection.entry.zone.id == 0,
+            // With NAT gateways at both sides each may have answered for its host, and the connection lives.
+            ForwardedOutcome::Gone => {
+                self.act == ForwardedAct::Cut && connection.entry.zone.id == 0
+            }
             // The mapping of NAT leads the silent end to the one that has forgotten the connection.
             ForwardedOutcome::Half => self.act == ForwardedAct::Cut,
             _ => false,
         };
-        if is_over && connection.entry.id.is_some() {
+        if is_over && connection.entry.id.is_some() && self.questions.may_delete(index) {
             let deleted = connection.deleted.take();
             let deleted = deleted.unwrap_or_else(|| delete(&connection.entry, self.table));
             if deleted == EntryDeletion::Deleted {
@@ -163,7 +175,7 @@ impl<'x, 'c> Exchange<'x, 'c> {
                     continue;
                 }
                 if !self.delete_before_reset(index / 2) {
-                    self.questions.stop(*index);
+                    self.questions.note_vanished(index / 2);
                     continue;
                 }
             }
@@ -184,9 +196,10 @@ impl<'x, 'c> Exchange<'x, 'c> {
                 0 => captured.push_back(segment),
                 _ => questions.note_syn(&segment),
             });
-        // After an error of the capture nothing is known either.
-        if self.network.has_lost() || drained.is_err() {
-            self.questions.note_loss(self.control.now());
+        match drained {
+            Ok(()) if self.network.has_lost() => self.questions.note_loss(self.control.now()),
+            Ok(()) => {}
+            Err(_) => self.questions.give_up(),
         }
     }
 
@@ -239,6 +252,16 @@ fn may_pass(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EAGAIN | libc::ENOBUFS | libc::ENETDOWN | libc::EINTR)
     )
+}
+
+/// The reason why a segment was not sent, with what was done before: the connection may live without its entry.
+fn with_what_was_done(reason: String, connection: &Forwarded) -> String {
+    let resets: u8 = connection.ends.iter().map(|end| end.resets).sum();
+    match (resets, &connection.deleted) {
+        (0, Some(EntryDeletion::Deleted)) => format!("{reason}; its entry was deleted before"),
+        (0, _) => reason,
+        _ => format!("{reason}; an RST was sent before"),
+    }
 }
 
 fn delete(entry: &Entry, table: &mut dyn Table) -> EntryDeletion {

@@ -42,8 +42,12 @@ pub struct ForwardedRules<'r> {
 
 /// What sends segments to the ends, and captures theirs.
 pub trait Network {
-    /// Finds the paths to both ends of each flow, in order.
-    fn find_paths(&mut self, flows: &[Flow]) -> Vec<Result<[LinkDestination; 2], NoPath>>;
+    /// Finds the paths to both ends of each flow, in order. After Ctrl-C it waits for no neighbour.
+    fn find_paths(
+        &mut self,
+        flows: &[Flow],
+        control: &dyn Control,
+    ) -> Vec<Result<[LinkDestination; 2], NoPath>>;
 
     /// Captures only segments that the ends with these views send, from now on.
     fn listen(&mut self, views: &[Tuple]) -> io::Result<()>;
@@ -116,7 +120,7 @@ pub fn run(
             return;
         }
         let batch = next_batch(&mut pending, batch_size);
-        let batch = with_paths(batch, network);
+        let batch = with_paths(batch, network, control);
         // From here on a SYN is seen: what is looked up now is what is asked.
         let views = batch.iter().flat_map(|it| it.connection.views());
         let batch = match network.listen(&views.collect::<Vec<Tuple>>()) {
@@ -195,13 +199,17 @@ fn recheck<'c>(
 }
 
 /// The connections of which both ends can be reached. Nothing is sent to an end if the other one cannot be asked.
-fn with_paths<'c>(mut batch: Vec<Pending<'c>>, network: &mut dyn Network) -> Vec<Pending<'c>> {
+fn with_paths<'c>(
+    mut batch: Vec<Pending<'c>>,
+    network: &mut dyn Network,
+    control: &dyn Control,
+) -> Vec<Pending<'c>> {
     let flow = |it: &Pending<'_>| Flow {
         ends: it.connection.end_addresses(),
         mark: it.connection.entry.mark.unwrap_or(0),
     };
     let flows: Vec<Flow> = batch.iter().map(flow).collect();
-    let mut found = network.find_paths(&flows).into_iter();
+    let mut found = network.find_paths(&flows, control).into_iter();
     batch.retain_mut(|it| match found.next() {
         Some(Ok(paths)) => {
             it.paths = paths;
@@ -211,6 +219,10 @@ fn with_paths<'c>(mut batch: Vec<Pending<'c>>, network: &mut dyn Network) -> Vec
             it.connection.outcome = Some(match no_path {
                 NoPath::Ambiguous => ForwardedOutcome::Skipped(ForwardedSkip::AmbiguousPath),
                 NoPath::EndsHere(_) => ForwardedOutcome::Skipped(ForwardedSkip::PathEndsHere),
+                // Nobody has waited for it.
+                NoPath::NoNeighbour(_) if control.interrupted() => {
+                    ForwardedOutcome::Skipped(ForwardedSkip::Interrupted)
+                }
                 other => ForwardedOutcome::Failed(ForwardedFailure::NoPath(other.to_string())),
             });
             false

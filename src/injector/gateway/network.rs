@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 
 use super::Network;
+use crate::control::Control;
 use crate::packet::capture::{Capture, Seen};
 use crate::packet::link::LinkSender;
 use crate::routes::{Flow, NoPath, Paths};
@@ -37,8 +38,12 @@ impl LinkNetwork {
 }
 
 impl Network for LinkNetwork {
-    fn find_paths(&mut self, flows: &[Flow]) -> Vec<Result<[LinkDestination; 2], NoPath>> {
-        self.paths.find(flows)
+    fn find_paths(
+        &mut self,
+        flows: &[Flow],
+        control: &dyn Control,
+    ) -> Vec<Result<[LinkDestination; 2], NoPath>> {
+        self.paths.find(flows, &|| control.interrupted())
     }
 
     fn listen(&mut self, views: &[Tuple]) -> io::Result<()> {

@@ -21,6 +21,9 @@ use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 const MAX_RESETS: u8 = 3;
 /// The questions to which an end may be silent, one after the other.
 const MAX_SILENCES: u8 = 2;
+/// How often the verification of a connection may be spoilt by losses before it is given up: a host that cannot read all that arrives must
+/// not get ever more answers.
+const MAX_LOSSES: u8 = 3;
 
 /// One end of a connection.
 #[derive(Debug)]
@@ -53,14 +56,27 @@ pub(super) struct Questions {
 /// What is known of a connection besides its ends.
 #[derive(Clone, Copy, Debug, Default)]
 struct Connection {
-    /// A new connection has the addresses, or the entry has vanished.
-    is_reopened: bool,
+    standing: Standing,
+    /// Segments were lost at any time since it was looked up, also after the last answer. The entry with its id may be that of a new one.
+    has_lost: bool,
+}
+
+/// Whether answers are of the connection itself, and why it is not asked any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Standing {
+    /// They are, because no SYN has passed.
+    #[default]
+    Sure,
+    /// Segments were lost after it was reset: an answer may be of a new connection, so nothing is reset any more.
+    OnlyVerified { losses: u8 },
+    /// Segments were lost, so nobody can tell what became of it.
+    Lost,
     /// The operator wanted to stop before it was reset.
-    is_cancelled: bool,
-    /// Segments were lost before it was reset: a SYN may have been among them.
-    is_unclear: bool,
-    /// Segments were lost after it was reset: an answer may be of a new connection.
-    is_only_verified: bool,
+    Cancelled,
+    /// A new connection has the addresses.
+    Reopened,
+    /// Its entry had vanished before the first RST.
+    Vanished,
 }
 
 impl Questions {
@@ -87,25 +103,30 @@ impl Questions {
         }
     }
 
-    /// Whether a new connection has the addresses of the connection with this index, or its entry has vanished.
-    pub fn is_reopened(&self, connection: usize) -> bool {
-        self.connections[connection].is_reopened
+    /// Whether the connection with this index has ended by itself: a new one has its addresses, or its entry has vanished.
+    pub fn has_ended(&self, connection: usize) -> bool {
+        let standing = self.connections[connection].standing;
+        matches!(standing, Standing::Reopened | Standing::Vanished)
     }
 
     /// Whether the connection with this index was left because the operator wanted to stop.
     pub fn is_cancelled(&self, connection: usize) -> bool {
-        self.connections[connection].is_cancelled
+        self.connections[connection].standing == Standing::Cancelled
     }
 
-    /// Whether the connection with this index must be looked up and asked anew: segments were lost, and nothing was reset.
-    pub fn is_unclear(&self, connection: usize) -> bool {
-        self.connections[connection].is_unclear
+    /// Whether nobody can tell what became of the connection with this index, because segments were lost.
+    pub fn is_lost(&self, connection: usize) -> bool {
+        self.connections[connection].standing == Standing::Lost
     }
 
     /// Whether an answer is sure to be of the old connection.
     pub fn may_reset(&self, connection: usize) -> bool {
-        let it = &self.connections[connection];
-        !(it.is_reopened || it.is_unclear || it.is_only_verified)
+        self.connections[connection].standing == Standing::Sure
+    }
+
+    /// Whether an entry with the id of this connection is sure to be its own, or what its ends have made of it.
+    pub fn may_delete(&self, connection: usize) -> bool {
+        !self.connections[connection].has_lost
     }
 
     /// An RST has left to the end.
@@ -117,27 +138,52 @@ impl Questions {
     pub fn cancel(&mut self) {
         for connection in 0..self.connections.len() {
             if !self.is_reset(connection) && self.is_due(connection) {
-                self.connections[connection].is_cancelled = true;
-                self.end(connection);
+                self.leave(connection, Standing::Cancelled);
             }
         }
     }
 
     /// Segments were lost. A SYN of a new connection may have been among them, so no answer counts for an RST any more. What was reset is
-    /// asked again, because the answer may have been lost.
+    /// asked again, because the answer may have been lost; but not at once, and not for ever.
     pub fn note_loss(&mut self, now: Instant) {
         for connection in 0..self.connections.len() {
-            if !self.is_reset(connection) {
-                self.connections[connection].is_unclear = true;
-                self.end(connection);
+            self.connections[connection].has_lost = true;
+            // What is known already stays known.
+            if !self.is_due(connection) {
                 continue;
             }
-            self.connections[connection].is_only_verified = true;
+            if !self.is_reset(connection) {
+                self.leave(connection, Standing::Lost);
+                continue;
+            }
+            let mut is_spoilt = false;
             for end in &mut self.ends[connection * 2..][..2] {
-                if end.due.is_some() {
+                // Without an open question no answer can be lost.
+                if end.due.is_some() && end.silences > 0 {
                     end.silences = 0;
-                    end.due = Some(now);
+                    end.due = Some(now + self.retry);
+                    is_spoilt = true;
                 }
+            }
+            let losses = match self.connections[connection].standing {
+                Standing::OnlyVerified { losses } => losses,
+                _ => 0,
+            } + u8::from(is_spoilt);
+            match losses < MAX_LOSSES {
+                true => {
+                    self.connections[connection].standing = Standing::OnlyVerified { losses };
+                }
+                false => self.leave(connection, Standing::Lost),
+            }
+        }
+    }
+
+    /// Nothing can be captured any more.
+    pub fn give_up(&mut self) {
+        for connection in 0..self.connections.len() {
+            self.connections[connection].has_lost = true;
+            if self.is_due(connection) {
+                self.leave(connection, Standing::Lost);
             }
         }
     }
@@ -152,8 +198,13 @@ impl Questions {
         ends.any(|end| end.due.is_some())
     }
 
-    /// Asks neither end of a connection again.
-    fn end(&mut self, connection: usize) {
+    /// Asks neither end of a connection again, for this reason.
+    fn leave(&mut self, connection: usize, standing: Standing) {
+        self.connections[connection].standing = standing;
+        self.ask_no_more(connection);
+    }
+
+    fn ask_no_more(&mut self, connection: usize) {
         for end in &mut self.ends[connection * 2..][..2] {
             end.due = None;
         }
@@ -164,10 +215,9 @@ impl Questions {
         [0, 1].map(|side| self.ends[connection * 2 + side].report)
     }
 
-    /// The entry of the connection of this end has vanished, so no RST was sent: nothing more is asked.
-    pub fn stop(&mut self, index: usize) {
-        self.connections[index / 2].is_reopened = true;
-        self.end(index / 2);
+    /// The entry of the connection with this index has vanished, so no RST was sent: nothing more is asked.
+    pub fn note_vanished(&mut self, connection: usize) {
+        self.leave(connection, Standing::Vanished);
     }
 
     /// When the next question is due; `None` if nothing more is to be asked.
@@ -210,7 +260,7 @@ impl Questions {
     pub fn not_sent(&mut self, index: usize) {
         self.ends[index].due = None;
         if !self.is_reset(index / 2) {
-            self.end(index / 2);
+            self.ask_no_more(index / 2);
         }
     }
 
@@ -221,7 +271,7 @@ impl Questions {
             peer: segment.to,
         };
         if let Some(&index) = self.by_view.get(&view) {
-            self.stop(index);
+            self.leave(index / 2, Standing::Reopened);
         }
     }
 
@@ -279,8 +329,8 @@ impl Questions {
             end.report.first = EndState::Alive;
         }
         end.silences = 0;
-        let is_only_verified = self.connections[index / 2].is_only_verified;
-        if self.act == ForwardedAct::Probe || is_only_verified || end.report.resets >= MAX_RESETS {
+        let is_sure = self.connections[index / 2].standing == Standing::Sure;
+        if self.act == ForwardedAct::Probe || !is_sure || end.report.resets >= MAX_RESETS {
             end.due = None;
             self.settle(index, now);
             return Vec::new();
@@ -300,7 +350,7 @@ impl Questions {
     /// has not, the other is left alone. What answers RST in the place of an end (a firewall, a proxy, another host behind the same address)
     /// does not show that the end has forgotten it.
     fn settle(&mut self, index: usize, now: Instant) {
-        if self.connections[index / 2].is_reopened {
+        if self.has_ended(index / 2) {
             return;
         }
         let other = index ^ 1;

@@ -289,9 +289,12 @@ fn after_a_syn_nothing_is_sent_any_more() {
             flags,
             payload_len: 0,
         };
-        assert!(!questions.is_reopened(0));
+        assert!(!questions.has_ended(0));
         questions.note_syn(&from(side, flags));
-        assert!(questions.is_reopened(0));
+        assert!(questions.has_ended(0));
+        // A loss afterwards changes nothing: it is not asked anew.
+        questions.note_loss(now);
+        assert!(questions.has_ended(0) && !questions.is_lost(0));
         for side in [0, 1] {
             let sent = questions.note(&from(side, TcpFlags::ACK), Seq(1), Seq(2), now);
             assert_eq!(sent, [], "{side}");
@@ -346,10 +349,12 @@ fn after_a_loss_nothing_is_reset_and_silence_does_not_count() {
     let now = Instant::now();
     let mut questions = one_reset(now);
     questions.note_loss(now);
-    assert_eq!([0, 1].map(|it| questions.is_unclear(it)), [false, true]);
+    assert_eq!([0, 1].map(|it| questions.is_lost(it)), [false, true]);
     assert!(!questions.may_reset(0) && !questions.may_reset(1));
-    // Both ends of the first are asked twice more, those of the second no more.
-    for round in 0..MAX_SILENCES {
+    assert!(!questions.may_delete(0) && !questions.may_delete(1));
+    // Both ends of the first are asked twice more, but not at once; those of the second no more.
+    assert_eq!(questions.due(now), []);
+    for round in 1..=MAX_SILENCES {
         let now = now + u32::from(round) * RETRY;
         assert_eq!(questions.due(now), [0, 1]);
         for index in [0, 1] {
@@ -363,4 +368,53 @@ fn after_a_loss_nothing_is_reset_and_silence_does_not_count() {
         resets: 0,
     };
     assert_eq!(questions.reports(0)[1], alive);
+}
+
+#[test]
+fn after_three_losses_a_verification_is_given_up() {
+    let mut now = Instant::now();
+    let mut questions = one_reset(now);
+    for count in 1..=MAX_LOSSES {
+        assert!(!questions.is_lost(0), "{count}");
+        // More losses before the next question spoil nothing.
+        for _ in 0..5 {
+            questions.note_loss(now);
+        }
+        now += RETRY;
+        for index in questions.due(now) {
+            assert!(questions.ask(index, Seq(1), Seq(2), now).is_some());
+        }
+    }
+    assert!(questions.is_lost(0));
+    assert_eq!(questions.next_due(), None);
+}
+
+#[test]
+fn a_loss_takes_back_nothing_that_is_known() {
+    let now = Instant::now();
+    let mut questions = Questions::new(ForwardedAct::Probe, &[views()], RETRY, now);
+    for side in [0, 1] {
+        questions.ask(side, Seq(1), Seq(9), now).unwrap();
+        assert_eq!(questions.note(&answer(side, 3), Seq(1), Seq(2), now), []);
+    }
+    assert!(questions.may_delete(0));
+    questions.note_loss(now);
+    questions.give_up();
+    assert!(!questions.is_lost(0) && !questions.may_delete(0));
+    let states = questions.reports(0).map(|report| report.now);
+    assert_eq!(states, [EndState::Alive; 2]);
+    // What the operator did not want to wait for stays cancelled.
+    let mut questions = Questions::new(ForwardedAct::Cut, &[views()], RETRY, now);
+    questions.cancel();
+    questions.note_loss(now);
+    assert!(questions.is_cancelled(0) && !questions.is_lost(0));
+}
+
+/// The capture has failed.
+#[test]
+fn without_a_capture_nothing_more_is_asked() {
+    let mut questions = one_reset(Instant::now());
+    questions.give_up();
+    assert_eq!([0, 1].map(|it| questions.is_lost(it)), [true; 2]);
+    assert_eq!(questions.next_due(), None);
 }

@@ -41,17 +41,25 @@ struct Hosts {
     sent: Vec<Segment>,
     answers: Vec<Segment>,
     drawn: u32,
-    /// The errnos with which an interface refuses its next segments.
+    /// The errnos with which an interface refuses its next segments; 0: it takes the segment.
     refusals: HashMap<u32, VecDeque<i32>>,
     /// The numbers of the sent segments after which captured ones are lost.
     losses: Vec<usize>,
     /// Ctrl-C comes with the first RST.
     is_interrupted_by_reset: bool,
     interrupted: Arc<AtomicBool>,
+    /// From the first RST on, captured segments are lost all the time, and an end that was reset answers nothing.
+    is_flooded_by_reset: bool,
+    /// The end that gets the first question opens a new connection.
+    opens_anew: bool,
 }
 
 impl Network for Hosts {
-    fn find_paths(&mut self, flows: &[Flow]) -> Vec<Result<[LinkDestination; 2], NoPath>> {
+    fn find_paths(
+        &mut self,
+        flows: &[Flow],
+        _: &dyn Control,
+    ) -> Vec<Result<[LinkDestination; 2], NoPath>> {
         let found = flows.iter().map(|flow| {
             let mut missing = flow
                 .ends
@@ -78,6 +86,7 @@ impl Network for Hosts {
             .refusals
             .get_mut(&link.interface)
             .and_then(VecDeque::pop_front)
+            && errno != 0
         {
             return Err(io::Error::from_raw_os_error(errno));
         }
@@ -93,6 +102,10 @@ impl Network for Hosts {
             flags,
             payload_len: 0,
         };
+        if self.opens_anew && self.sent.len() == 1 {
+            self.answers.push(answer(Seq(1), Seq(0), TcpFlags::SYN));
+        }
+        let is_flooded = self.is_flooded();
         match (self.numbers.get(&to).copied(), segment.flags) {
             (Some(number), TcpFlags::RST) if segment.seq == Seq(number) => {
                 self.numbers.remove(&to);
@@ -101,6 +114,7 @@ impl Network for Hosts {
             (Some(number), _) => self
                 .answers
                 .push(answer(Seq(1), Seq(number), TcpFlags::ACK)),
+            (None, _) if is_flooded => {}
             (None, _) => self
                 .answers
                 .push(answer(segment.ack, Seq(0), TcpFlags::RST)),
@@ -116,12 +130,18 @@ impl Network for Hosts {
     fn has_lost(&mut self) -> bool {
         let count = self.losses.len();
         self.losses.retain(|after| self.sent.len() < *after);
-        self.losses.len() < count
+        self.losses.len() < count || self.is_flooded()
     }
 
     fn random(&mut self) -> Seq {
         self.drawn += 7;
         Seq(self.drawn)
+    }
+}
+
+impl Hosts {
+    fn is_flooded(&self) -> bool {
+        self.is_flooded_by_reset && self.sent.iter().any(|it| it.flags == TcpFlags::RST)
     }
 }
 
@@ -180,6 +200,17 @@ fn run_on(
     hosts: &mut Hosts,
     rate: u32,
 ) -> (Vec<Forwarded>, Duration) {
+    act_on(ForwardedAct::Cut, entries, selectors, table, hosts, rate)
+}
+
+fn act_on(
+    act: ForwardedAct,
+    entries: &[Entry],
+    selectors: &ForwardedSelectors,
+    table: &mut dyn Table,
+    hosts: &mut Hosts,
+    rate: u32,
+) -> (Vec<Forwarded>, Duration) {
     let start = Instant::now();
     let clock = Clock {
         now: Mutex::new(start),
@@ -190,7 +221,7 @@ fn run_on(
         .map(|entry| Forwarded::new(entry.clone(), None))
         .collect();
     let rules = ForwardedRules {
-        act: ForwardedAct::Cut,
+        act,
         selectors,
         timeouts: &Timeouts::default(),
         rate,
@@ -460,12 +491,19 @@ fn an_interrupt_leaves_no_reset_unverified() {
     assert_eq!(table.deleted.len(), cut);
 }
 
+/// Of a cut they are not: a new connection whose SYN was lost can have the same entry.
 #[test]
-fn connections_are_asked_anew_when_answers_were_lost() {
+fn a_probe_asks_anew_when_answers_were_lost() {
+    use ForwardedAct::{Cut, Probe};
     let entries = [entry(1), entry(2)];
     let all = ForwardedSelectors::default();
     // After the questions, and each time.
-    for (losses, outcome) in [(vec![4], "cut"), ((1..=60).collect(), "failed")] {
+    let (once, always) = (vec![4], (1..=60).collect());
+    for (act, losses, outcome) in [
+        (Probe, once.clone(), "alive"),
+        (Probe, always, "failed"),
+        (Cut, once, "failed"),
+    ] {
         let mut table = Entries {
             now: entries.to_vec(),
             ..Entries::default()
@@ -474,25 +512,97 @@ fn connections_are_asked_anew_when_answers_were_lost() {
             losses,
             ..living(&entries)
         };
-        let (connections, _) = run_on(&entries, &all, &mut table, &mut hosts, 20_000);
-        assert_eq!(outcomes(&connections), [outcome; 2]);
-        if outcome == "failed" {
-            assert!(table.deleted.is_empty());
-            assert!(hosts.sent.iter().all(|it| it.flags == TcpFlags::ACK));
-        }
+        let (connections, _) = act_on(act, &entries, &all, &mut table, &mut hosts, 20_000);
+        assert_eq!(outcomes(&connections), [outcome; 2], "{act:?}");
+        assert!(table.deleted.is_empty());
+        assert!(hosts.sent.iter().all(|it| it.flags == TcpFlags::ACK));
     }
 }
 
+/// Otherwise each loss would cause new questions at once, and their answers the next loss.
 #[test]
-fn what_both_ends_have_forgotten_is_gone_and_its_entry_is_deleted() {
+fn losses_without_end_do_not_keep_a_run_busy() {
     let entries = [entry(1)];
     let mut table = Entries {
         now: entries.to_vec(),
         ..Entries::default()
     };
+    let mut hosts = Hosts {
+        is_flooded_by_reset: true,
+        ..living(&entries)
+    };
     let all = ForwardedSelectors::default();
-    let mut nobody = Hosts::default();
-    let (connections, _) = run_on(&entries, &all, &mut table, &mut nobody, 20_000);
-    assert_eq!(outcomes(&connections), ["gone"]);
-    assert_eq!(table.deleted, entries);
+    let (connections, took) = run_on(&entries, &all, &mut table, &mut hosts, 20_000);
+    let Some(ForwardedOutcome::Failed(failure)) = &connections[0].outcome else {
+        panic!("{connections:?}");
+    };
+    assert_eq!(failure.code(), "answers-lost");
+    assert_eq!(connections[0].ends.map(|end| end.resets), [1, 0]);
+    assert!(hosts.sent.len() <= 10, "{:?}", hosts.sent);
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+/// Nothing is sent to the new connection, and its entry stays, also if it is asked about again.
+#[test]
+fn a_new_connection_is_left_alone_also_after_a_loss() {
+    use ForwardedAct::{Cut, Probe};
+    let entries = [entry(1)];
+    let all = ForwardedSelectors::default();
+    for act in [Probe, Cut] {
+        let mut table = Entries {
+            now: entries.to_vec(),
+            ..Entries::default()
+        };
+        let mut hosts = Hosts {
+            losses: vec![1],
+            opens_anew: true,
+            ..living(&entries)
+        };
+        let (connections, _) = act_on(act, &entries, &all, &mut table, &mut hosts, 20_000);
+        assert_eq!(outcomes(&connections), ["gone"]);
+        assert!(!connections[0].both_had_forgotten());
+        assert!(table.deleted.is_empty());
+        assert!(hosts.sent.iter().all(|it| it.flags == TcpFlags::ACK));
+        assert!(hosts.sent.len() <= 2, "{:?}", hosts.sent);
+    }
+}
+
+/// The connection lives, and its entry may be gone: the operator must hear of it.
+#[test]
+fn a_refused_rst_is_said_with_what_was_done_before() {
+    let entries = [entry(1)];
+    let all = ForwardedSelectors::default();
+    for (refusing, said) in [(1, "entry was deleted"), (2, "RST was sent")] {
+        let mut table = Entries {
+            now: entries.to_vec(),
+            ..Entries::default()
+        };
+        let mut hosts = living(&entries);
+        // It takes the question.
+        hosts.refusals = [(refusing, vec![0, libc::ENXIO].into())].into();
+        let (connections, _) = run_on(&entries, &all, &mut table, &mut hosts, 20_000);
+        let Some(ForwardedOutcome::Failed(failure)) = &connections[0].outcome else {
+            panic!("{connections:?}");
+        };
+        assert_eq!(failure.code(), "not-sent");
+        assert!(failure.to_string().contains(said), "{failure}");
+    }
+}
+
+/// A probe keeps the entry: NAT gateways at both sides may have answered for their hosts.
+#[test]
+fn of_what_both_ends_have_forgotten_a_cut_deletes_the_entry() {
+    let entries = [entry(1)];
+    let all = ForwardedSelectors::default();
+    for (act, deleted) in [(ForwardedAct::Probe, 0), (ForwardedAct::Cut, 1)] {
+        let mut table = Entries {
+            now: entries.to_vec(),
+            ..Entries::default()
+        };
+        let mut nobody = Hosts::default();
+        let (connections, _) = act_on(act, &entries, &all, &mut table, &mut nobody, 20_000);
+        assert_eq!(outcomes(&connections), ["gone"]);
+        assert!(connections[0].both_had_forgotten());
+        assert_eq!(table.deleted.len(), deleted);
+    }
 }

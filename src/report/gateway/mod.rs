@@ -183,7 +183,8 @@ pub fn notes(run: &ForwardedRun, config: &GatewayConfig) -> Vec<String> {
     }
     if scan.are_sockets_unknown {
         notes.push(
-            "this kernel cannot list sockets (module tcp_diag): connections of a transparent proxy on this host are not recognized"
+            "this kernel cannot list sockets (module tcp_diag): connections of a transparent proxy on this host are not recognized, \
+             and none is probed or cut"
                 .to_owned(),
         );
     }
