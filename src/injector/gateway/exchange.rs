@@ -123,7 +123,7 @@ impl<'x, 'c> Exchange<'x, 'c> {
             let deleted = connection.deleted.take();
             let deleted = deleted.unwrap_or_else(|| delete(&connection.entry, self.table));
             if deleted == EntryDeletion::Deleted {
-                delete_picked_up(&connection.entry, self.table);
+                self.delete_picked_up(index, &connection.entry);
             }
             connection.deleted = Some(deleted);
         }
@@ -203,6 +203,22 @@ impl<'x, 'c> Exchange<'x, 'c> {
         }
     }
 
+    /// Deletes what was picked up. A new connection can have been opened since the capture was read, and the entry is then its own. Its SYN
+    /// was captured before it had that entry, so the capture is read once more in between.
+    fn delete_picked_up(&mut self, index: usize, entry: &Entry) {
+        for original in [entry.original, entry.reply] {
+            let Some(found) = picked_up(entry, original, self.table) else {
+                continue;
+            };
+            self.capture(&mut VecDeque::new());
+            if !self.questions.may_delete(index) {
+                return;
+            }
+            // It times out in any case.
+            let _ = self.table.delete(&found);
+        }
+    }
+
     /// Deletes the entry before the first RST, which passes conntrack by: with the entry of the old connection, which it takes for alive, a
     /// new one of the ends would lose segments as invalid. Returns whether the entry was still there.
     fn delete_before_reset(&mut self, index: usize) -> bool {
@@ -273,22 +289,15 @@ fn delete(entry: &Entry, table: &mut dyn Table) -> EntryDeletion {
     }
 }
 
-/// Deletes what conntrack has made of the last answers of the ends (loose pick-up), if it is there.
-pub(super) fn delete_picked_up(entry: &Entry, table: &mut dyn Table) {
-    for original in [entry.original, entry.reply] {
-        let named = Entry {
-            original,
-            ..entry.clone()
-        };
-        // One that is being opened was not picked up, and one that has these addresses only after NAT is another.
-        let is_new = |found: &Entry| {
-            found.original != original || found.state.is_some_and(ConntrackState::is_being_opened)
-        };
-        if let Ok(Some(found)) = table.lookup(&named)
-            && !is_new(&found)
-        {
-            // It times out in any case.
-            let _ = table.delete(&found);
-        }
-    }
+/// The entry that conntrack has made of the last answers of the ends (loose pick-up) in this direction, if it is there.
+pub(super) fn picked_up(entry: &Entry, original: Tuple, table: &mut dyn Table) -> Option<Entry> {
+    let named = Entry {
+        original,
+        ..entry.clone()
+    };
+    let found = table.lookup(&named).ok()??;
+    // One that is being opened was not picked up, and one that has these addresses only after NAT is another.
+    let is_new =
+        found.original != original || found.state.is_some_and(ConntrackState::is_being_opened);
+    (!is_new).then_some(found)
 }

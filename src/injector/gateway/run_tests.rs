@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use super::exchange::delete_picked_up;
+use super::exchange::picked_up;
 use super::*;
 use crate::conntrack::ConntrackState;
 use crate::conntrack::codec::Zone;
@@ -412,8 +412,8 @@ fn only_what_was_picked_up_is_deleted() {
         (with(other, Established), false),
     ] {
         let mut table = AlwaysFinds(found.clone(), 0);
-        delete_picked_up(&old, &mut table);
-        assert_eq!(table.1 > 0, is_deleted, "{found:?}");
+        let picked_up = picked_up(&old, old.original, &mut table);
+        assert_eq!(picked_up.is_some(), is_deleted, "{found:?}");
     }
 }
 
