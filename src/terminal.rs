@@ -1,6 +1,7 @@
 //! The operator's terminal: stdout, stderr, either of which may be closed, the progress bar and Ctrl-C.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -8,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::ColorChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::control::Control;
 use crate::model::Method;
@@ -81,6 +84,51 @@ pub(crate) fn write_out(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) ->
     let mut out = BufWriter::with_capacity(64 * 1024, io::stdout().lock());
     write(&mut out)?;
     out.flush()
+}
+
+/// As [`write_out`], of a run that goes on, and on which Ctrl-C has no effect at once. If the operator wants it to end, it does not wait for a
+/// reader that does not read.
+///
+/// # Errors
+/// As write(2), or the operator wants to end it and nobody reads.
+pub(crate) fn write_out_unless(
+    control: &dyn Control,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut rows = Vec::new();
+    write(&mut rows)?;
+    write_in_parts(&rows, io::stdout(), control)
+}
+
+/// A pipe that poll(2) calls writable takes so many bytes without waiting (PIPE_BUF).
+const PART: usize = 4096;
+/// The longest time from Ctrl-C to the end of a write that waits.
+const WRITE_WAIT_MS: u16 = 50;
+
+fn write_in_parts(
+    rows: &[u8],
+    mut out: impl Write + AsFd,
+    control: &dyn Control,
+) -> io::Result<()> {
+    for part in rows.chunks(PART) {
+        loop {
+            let mut polled = [PollFd::new(out.as_fd(), PollFlags::POLLOUT)];
+            match poll(&mut polled, WRITE_WAIT_MS) {
+                Ok(0) | Err(Errno::EINTR) if control.interrupted() => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "nobody reads the output",
+                    ));
+                }
+                Ok(0) | Err(Errno::EINTR) => {}
+                // Also what cannot be polled: the write says why.
+                _ => break,
+            }
+        }
+        out.write_all(part)?;
+        out.flush()?;
+    }
+    Ok(())
 }
 
 /// The result of writing to stdout. If the reader has closed it, that is not an error.
@@ -251,6 +299,14 @@ impl Terminal {
         }
     }
 
+    /// Runs `work`, which waits for a person: meanwhile a request ends cwkill at once. Not while something is in flight.
+    pub(crate) fn while_idle<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.idle.store(true, Ordering::Relaxed);
+        let done = self.aside(work);
+        self.hold_signals();
+        done
+    }
+
     /// Marks the end of the acts, until the next [`Control::hold_signals`].
     pub(crate) fn release_signals(&mut self) {
         self.idle.store(true, Ordering::Relaxed);
@@ -298,5 +354,48 @@ impl Control for Terminal {
         self.progress
             .inc(u64::try_from(sockets).unwrap_or(u64::MAX));
         self.show(method.name());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    struct Interrupted(bool);
+
+    impl Control for Interrupted {
+        fn now(&self) -> Instant {
+            Instant::now()
+        }
+
+        fn sleep(&self, _: Duration) {}
+
+        fn interrupted(&self) -> bool {
+            self.0
+        }
+
+        fn progress(&self, _: Method, _: usize) {}
+    }
+
+    #[test]
+    fn nobody_waits_for_a_reader_that_does_not_read() {
+        let rows = vec![b'x'; 1 << 20];
+        let (reader, writer) = io::pipe().unwrap();
+        // The queue of a pipe has no room for all.
+        let error = write_in_parts(&rows, &writer, &Interrupted(true)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(reader);
+        let error = write_in_parts(&rows, &writer, &Interrupted(true)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        // What takes all is not left without its last rows.
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        write_in_parts(&rows, &null, &Interrupted(true)).unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let reading = std::thread::spawn(move || io::copy(&mut reader, &mut io::sink()));
+        write_in_parts(&rows, &writer, &Interrupted(false)).unwrap();
+        drop(writer);
+        assert_eq!(reading.join().unwrap().unwrap(), 1 << 20);
     }
 }

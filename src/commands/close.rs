@@ -1,6 +1,6 @@
 //! `cwkill` without a command: lists the stuck sockets, or closes them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Duration;
@@ -140,7 +140,7 @@ pub(super) fn run(prepared: Prepared) -> anyhow::Result<ExitStatus> {
         && config.asks
         && config.owners
         && confirm::is_possible()
-        && let Some(question) = confirm::question(&run, config)
+        && let Some(question) = confirm::question(&run, config, &BTreeSet::new())
         && !terminal.aside(|| confirm::agrees(&question))
     {
         say(format_args!("nothing was closed"));
@@ -279,9 +279,17 @@ pub fn find_and_plan(
     proc: &ProcFs,
     control: &dyn Control,
 ) -> Result<Scan, FindError> {
-    let scan = find(config, namespaces, history, proc)?;
-    let max_kills = config.policy.max_kills;
-    Ok(decide(scan, config, max_kills, privileges, proc, control))
+    let mut scan = find(config, namespaces, history, proc)?;
+    if config.action != Action::List {
+        look_again(&mut scan, config, control);
+    }
+    Ok(decide(
+        scan,
+        config,
+        config.policy.max_kills,
+        privileges,
+        proc,
+    ))
 }
 
 /// Finds the sockets, as the configuration wants it.
@@ -307,11 +315,7 @@ pub(super) fn decide(
     max_kills: Option<usize>,
     privileges: &Privileges,
     proc: &ProcFs,
-    control: &dyn Control,
 ) -> Scan {
-    if config.action != Action::List {
-        look_again(&mut scan, config, control);
-    }
     if config.action != Action::List && !config.policy.allow_spin {
         finder::spin_risk::find(&mut scan, proc);
     }

@@ -1,11 +1,11 @@
 //! The question before sockets of several processes are closed. cwkill asks only if a person is at the terminal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::Arc;
 
 use crate::config::Config;
-use crate::model::Backlog;
+use crate::model::{Backlog, Target};
 use crate::proc::{Process, ProcessId};
 use crate::report::Run;
 use crate::text::counted;
@@ -18,17 +18,30 @@ pub(super) fn is_possible() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-/// The question, if the plan is about more than one process. Sockets without a known owner count as one process.
-pub(super) fn question(run: &Run, config: &Config) -> Option<String> {
-    let scan = &run.scan;
-    let planned = scan
+/// The processes of a plan. `None`: sockets without a known owner.
+pub(super) type Asked = BTreeSet<Option<ProcessId>>;
+
+/// The processes of what is planned.
+pub(super) fn processes(run: &Run) -> Asked {
+    let process = |target| run.scan.culprit(target).map(|process| process.id);
+    planned(run).map(process).collect()
+}
+
+fn planned(run: &Run) -> impl Iterator<Item = &Target> {
+    run.scan
         .targets
         .iter()
-        .filter(|target| target.outcome.is_none() && target.plan.skip.is_none());
+        .filter(|target| target.outcome.is_none() && target.plan.skip.is_none())
+}
+
+/// The question, if the plan is about more than one process, together with those of earlier plans of this run. Sockets without a known
+/// owner count as one process.
+pub(super) fn question(run: &Run, config: &Config, earlier: &Asked) -> Option<String> {
+    let scan = &run.scan;
     let mut sockets = 0;
     let mut unowned = 0;
     let mut by_process: BTreeMap<ProcessId, (&Arc<Process>, usize)> = BTreeMap::new();
-    for target in planned {
+    for target in planned(run) {
         sockets += 1;
         match scan.culprit(target) {
             Some(process) => by_process.entry(process.id).or_insert((process, 0)).1 += 1,
@@ -42,7 +55,10 @@ pub(super) fn question(run: &Run, config: &Config) -> Option<String> {
             .entry(owner.process.id)
             .or_insert((&owner.process, 0));
     }
-    if by_process.len() + usize::from(unowned > 0) < 2 {
+    let of_plan = by_process.keys().copied().map(Some);
+    let of_plan = of_plan.chain((unowned > 0).then_some(None));
+    let of_plan: Asked = of_plan.collect();
+    if of_plan.is_empty() || of_plan.union(earlier).count() < 2 {
         return None;
     }
     let mut processes: Vec<(&Arc<Process>, usize)> = by_process.into_values().collect();
@@ -98,7 +114,7 @@ mod tests {
 
     use super::*;
     use crate::cli::Cli;
-    use crate::model::{DrainResult, ListeningSocket, Owner, Scan, SkipReason, Socket, Target};
+    use crate::model::{DrainResult, ListeningSocket, Owner, Scan, SkipReason, Socket};
     use crate::proc::RemoteFd;
     use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
@@ -121,7 +137,8 @@ mod tests {
 
     fn asked(run: &Run, line: &str) -> Option<String> {
         let cli = Cli::try_parse_from(line.split(' ')).expect("a command line");
-        question(run, &Config::from_args(cli.args).expect("a configuration"))
+        let config = Config::from_args(cli.args).expect("a configuration");
+        question(run, &config, &Asked::new())
     }
 
     #[test]
@@ -133,6 +150,16 @@ mod tests {
         let mut skipped = run(&[7, 8]);
         skipped.scan.targets[1].plan.skip = Some(SkipReason::OverMaxKills);
         assert_eq!(asked(&skipped, "cwkill --all"), None);
+    }
+
+    #[test]
+    fn the_processes_of_all_rounds_of_a_watch_count() {
+        let cli = Cli::try_parse_from(["cwkill", "--all", "--watch"]).unwrap();
+        let config = Config::from_args(cli.args).unwrap();
+        let first = processes(&run(&[7, 7]));
+        let asked = |pids: &[i32]| question(&run(pids), &config, &first).is_some();
+        assert!(!asked(&[7]) && !asked(&[]));
+        assert!(asked(&[8]) && asked(&[0]) && asked(&[7, 8]));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Context;
 
 use super::gateway_workers::{self as workers, Workers};
+use super::patience::Patience;
 use super::{
     drop_capabilities_and_start_threads, open_log, say_notes, time_and_place, was_reported,
 };
@@ -19,23 +20,29 @@ use crate::control::{Control, deadline};
 use crate::finder::arrivals::Arrivals;
 use crate::finder::forwarded;
 use crate::injector::gateway as injector;
-use crate::model::{Forwarded, ForwardedOutcome, ForwardedScan, TimeAndPlace};
+use crate::model::{
+    EndState, Forwarded, ForwardedOutcome, ForwardedScan, ForwardedSkip, TimeAndPlace,
+};
 use crate::privileges::capabilities;
 use crate::report::ExitStatus;
 use crate::report::gateway::watch::{Rows, Watched};
 use crate::report::gateway::{self as report, ForwardedRun};
-use crate::terminal::{Terminal, say, write_out};
+use crate::terminal::{Terminal, say, write_out, write_out_unless};
 
 /// The longest time from Ctrl-C to the end, if nothing is in flight.
 const LONGEST_WAIT: Duration = Duration::from_millis(50);
-/// The pause between two looks at an entry of which there may be no event.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// The time between two lists of the table, where there are events: not every entry has them.
 const LIST_INTERVAL: Duration = Duration::from_secs(10);
 /// The same where there are none.
 const LIST_INTERVAL_WITHOUT_EVENTS: Duration = Duration::from_millis(200);
 /// Lists of a large table take at most one part in so many of the time.
 const LIST_SHARE: u32 = 10;
+/// Losses of events are said no more often.
+const SAY_LOSS_INTERVAL: Duration = Duration::from_secs(10);
+/// The pause after a failure that may pass.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// At the end so many connections are looked up at most, to say how many were not reached. The operator waits for that.
+const MAX_COUNTED_AT_END: usize = 10_000;
 /// The same while connections are in flight.
 const WAIT_IN_FLIGHT: Duration = Duration::from_millis(5);
 
@@ -66,6 +73,11 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
         arrivals: Arrivals::new(&config.selectors),
         events,
         list_due: begun,
+        list_allowed: begun,
+        loss_said: None,
+        listing: Patience::new(quiet),
+        hearing: Patience::new(quiet),
+        sorting: Patience::new(quiet),
         has_events: conntrack::sends_events() != Some(false),
         table,
         timeouts,
@@ -147,12 +159,20 @@ struct Watching<'w> {
     events: Events,
     /// When the table is listed next.
     list_due: Instant,
+    /// It is not listed before, even after a loss of events: a list of a large table takes longer than the queue of the events lasts.
+    list_allowed: Instant,
+    /// When a loss was said last.
+    loss_said: Option<Instant>,
+    listing: Patience,
+    hearing: Patience,
+    /// Which connections end on this host.
+    sorting: Patience,
     has_events: bool,
     table: Conntrack,
     timeouts: Timeouts,
     /// `None` if nothing is sent.
     workers: Option<Workers>,
-    /// The number of connections that were planned to be asked, or were.
+    /// The number of connections that are to be asked, or were. It does not count those that were gone by then.
     planned: usize,
     log: Option<Audit>,
     rows: Rows,
@@ -164,11 +184,11 @@ impl Watching<'_> {
     /// The whole watch. What is in flight at its end is verified, recorded and reported, whatever the reason.
     ///
     /// # Errors
-    /// Conntrack or the routes cannot be read, or the log cannot be written.
+    /// Conntrack or the routes cannot be read at the start or for too long, or the log cannot be written.
     fn go_on(&mut self, until: Option<Instant>) -> anyhow::Result<End> {
         let ended = self.until_over(until);
         let mut written = Ok(());
-        while self.workers.as_ref().is_some_and(Workers::is_busy) {
+        while self.is_busy() {
             written = written.and(self.take_done()?);
             self.control.sleep(WAIT_IN_FLIGHT);
         }
@@ -192,29 +212,72 @@ impl Watching<'_> {
             }
             let is_over = until.is_some_and(|until| until <= self.control.now());
             if is_over || self.control.interrupted() {
-                let left = self.arrivals.left(true);
+                let left = self.not_reached();
                 return Ok(End::Asked { left });
             }
-            if self.kills_left() == Some(0) {
+            // One that is in flight may turn out to be gone.
+            if self.kills_left() == Some(0) && !self.is_busy() {
                 return Ok(End::Asked { left: 0 });
             }
             let wait = self.longest_wait(until);
             let arrivals = &mut self.arrivals;
-            if self.events.wait(wait, |event| arrivals.note(event))? {
-                self.watched.losses += 1;
-                self.list_due = self.control.now();
-                if self.config.format != Format::Quiet {
-                    say_notes([
-                        "the kernel has sent events faster than they were read, and some are lost: the table is listed again",
-                    ]);
-                }
+            let heard = self.events.wait(wait, |event| arrivals.note(event));
+            let heard = heard.context("cannot hear the events of conntrack");
+            match self.hearing.judge(heard, self.control.now())? {
+                Some(false) => {}
+                Some(true) => self.note_loss(),
+                None => self.control.sleep(LONGEST_WAIT),
             }
         }
+    }
+
+    fn note_loss(&mut self) {
+        let now = self.control.now();
+        self.watched.losses += 1;
+        self.list_due = self.list_due.min(self.list_allowed.max(now));
+        let was_said = |said: Instant| now.saturating_duration_since(said) < SAY_LOSS_INTERVAL;
+        if self.config.format == Format::Quiet || self.loss_said.is_some_and(was_said) {
+            return;
+        }
+        self.loss_said = Some(now);
+        say_notes([
+            "the kernel has sent events faster than they were read, and some are lost: the table is listed again",
+        ]);
+    }
+
+    fn is_busy(&self) -> bool {
+        self.workers.as_ref().is_some_and(Workers::is_busy)
+    }
+
+    /// The number of connections that are known, match, and were not dealt with.
+    fn not_reached(&mut self) -> usize {
+        if self.kills_left() == Some(0) {
+            return 0;
+        }
+        let now = self.control.now();
+        let Watching {
+            arrivals, table, ..
+        } = self;
+        let entries = arrivals.take(MAX_COUNTED_AT_END, true, now, |entry| table.lookup(entry));
+        let (count, more) = (entries.len(), arrivals.left(true));
+        let selectors = &self.config.selectors;
+        let connections = entries.into_iter().map(|it| Forwarded::new(it, None));
+        let connections = connections.collect();
+        let Ok(mut scan) = forwarded::sort_out(connections, selectors, self.timeouts.clone())
+        else {
+            return count + more;
+        };
+        if let Some(act) = self.config.act {
+            forwarded::limit(&mut scan, selectors, act, None);
+        }
+        let connections = scan.connections.iter();
+        connections.filter(|one| one.skip.is_none()).count() + more
     }
 
     /// Whether connections from the list can be dealt with: the last free worker is for those that have just come. `None`: none can.
     fn takes_listed(&self) -> Option<bool> {
         match &self.workers {
+            _ if self.kills_left() == Some(0) => None,
             None => Some(true),
             Some(workers) if workers.free() == 0 => None,
             Some(workers) => Some(!workers.is_last_free()),
@@ -226,13 +289,13 @@ impl Watching<'_> {
         if takes_listed.is_some_and(|takes_listed| self.arrivals.left(takes_listed) > 0) {
             return Duration::ZERO;
         }
-        let longest = match self.arrivals.has_again() {
-            _ if self.workers.as_ref().is_some_and(Workers::is_busy) => WAIT_IN_FLIGHT,
-            true => LOOK_AGAIN,
+        let longest = match self.is_busy() {
+            true => WAIT_IN_FLIGHT,
             false => LONGEST_WAIT,
         };
         let now = self.control.now();
-        let due = until.map_or(self.list_due, |until| until.min(self.list_due));
+        let dues = [until, takes_listed.and(self.arrivals.next_look())];
+        let due = dues.into_iter().flatten().fold(self.list_due, Instant::min);
         longest.min(due.saturating_duration_since(now))
     }
 
@@ -243,17 +306,25 @@ impl Watching<'_> {
     }
 
     /// Lists the table.
+    ///
+    /// # Errors
+    /// It cannot be listed at the start, or for too long.
     fn list(&mut self) -> anyhow::Result<()> {
         let begun = self.control.now();
-        let entries = forwarded::matching(&self.config.selectors, &mut self.table)?;
-        self.arrivals.note_list(entries);
+        let listed = forwarded::matching(&self.config.selectors, &mut self.table);
         let now = self.control.now();
-        let interval = match self.has_events {
-            true => LIST_INTERVAL,
-            false => LIST_INTERVAL_WITHOUT_EVENTS,
-        };
         let lasted = now.saturating_duration_since(begun);
-        self.list_due = now + interval.max(lasted * LIST_SHARE);
+        let listed = self.listing.judge(listed.map_err(Into::into), now)?;
+        let interval = match (&listed, self.has_events) {
+            (None, _) => RETRY_PAUSE,
+            (Some(_), true) => LIST_INTERVAL,
+            (Some(_), false) => LIST_INTERVAL_WITHOUT_EVENTS,
+        };
+        if let Some(entries) = listed {
+            self.arrivals.note_list(entries, now);
+        }
+        self.list_allowed = now + lasted * LIST_SHARE;
+        self.list_due = self.list_allowed.max(now + interval);
         Ok(())
     }
 
@@ -270,9 +341,13 @@ impl Watching<'_> {
         for run in done {
             for connection in &run.scan.connections {
                 self.arrivals.ended(&connection.entry);
-                // A new connection has its addresses, or its first SYN came twice.
-                if connection.outcome == Some(ForwardedOutcome::Gone) {
-                    self.arrivals.look_again(connection.entry.clone());
+                let planned = connection.skip.is_none();
+                if planned && !counts_as_act(connection) {
+                    self.planned = self.planned.saturating_sub(1);
+                }
+                if may_come_back(connection) {
+                    let now = self.control.now();
+                    self.arrivals.retry(connection.entry.clone(), now);
                 }
             }
             if let Some(log) = &mut self.log {
@@ -287,7 +362,7 @@ impl Watching<'_> {
     /// Gives the next connections to a worker, or only reports them. Returns whether the rows were written.
     ///
     /// # Errors
-    /// The routes or the sockets cannot be read, or the log cannot be written.
+    /// The routes or the sockets cannot be read at the start or for too long, or the log cannot be written.
     fn deal_with_next(&mut self) -> anyhow::Result<io::Result<()>> {
         let Some(takes_listed) = self.takes_listed() else {
             return Ok(Ok(()));
@@ -296,18 +371,27 @@ impl Watching<'_> {
             Some(workers) => workers.rate_of_each(self.config),
             None => self.config.rate,
         };
-        let count = injector::batch_size(rate);
+        let most = self.kills_left().unwrap_or(usize::MAX);
+        let count = injector::batch_size(rate).min(most);
+        let now = self.control.now();
         let Watching {
             arrivals, table, ..
         } = self;
-        let entries = arrivals.take(count, takes_listed, |entry| table.lookup(entry));
+        let entries = arrivals.take(count, takes_listed, now, |entry| table.lookup(entry));
         if entries.is_empty() {
             return Ok(Ok(()));
         }
         let selectors = &self.config.selectors;
-        let connections = entries.into_iter().map(|it| Forwarded::new(it, None));
+        let connections = entries.iter().cloned().map(|it| Forwarded::new(it, None));
         let connections = connections.collect();
-        let mut scan = forwarded::sort_out(connections, selectors, self.timeouts.clone())?;
+        let sorted = forwarded::sort_out(connections, selectors, self.timeouts.clone());
+        let Some(mut scan) = self.sorting.judge(sorted, now)? else {
+            for entry in entries {
+                self.arrivals.put_back(entry);
+            }
+            self.control.sleep(RETRY_PAUSE);
+            return Ok(Ok(()));
+        };
         if let Some(act) = self.config.act {
             forwarded::limit(&mut scan, selectors, act, self.kills_left());
         }
@@ -343,12 +427,64 @@ impl Watching<'_> {
             return Ok(());
         }
         match self.config.format {
-            Format::Table => write_out(|out| self.rows.write(run, self.config.verbose, out)),
+            Format::Table => write_out_unless(self.control, |out| {
+                self.rows.write(run, self.config.verbose, out)
+            }),
             Format::JsonLines => {
                 self.time_and_place.time = SystemTime::now();
-                write_out(|out| report::json::write_lines(run, &self.time_and_place, out))
+                write_out_unless(self.control, |out| {
+                    report::json::write_lines(run, &self.time_and_place, out)
+                })
             }
             Format::Json | Format::Quiet => Ok(()),
         }
+    }
+}
+
+/// Whether a connection counts for `--max-kills`: it was there, and its ends were asked.
+fn counts_as_act(connection: &Forwarded) -> bool {
+    let mut ends = connection.ends.iter();
+    match connection.outcome {
+        // Whoever had it has lost it by an RST, and a new one came at once.
+        Some(ForwardedOutcome::Gone) => ends.any(|end| end.resets > 0),
+        _ => ends.any(|end| end.first != EndState::NotAsked),
+    }
+}
+
+/// Whether the entry may be that of a connection that is open in a moment: a new one has its addresses, or its first SYN came twice.
+fn may_come_back(connection: &Forwarded) -> bool {
+    match connection.outcome {
+        Some(ForwardedOutcome::Gone) => !connection.both_had_forgotten(),
+        Some(ForwardedOutcome::Skipped(ForwardedSkip::NoLongerSelected)) => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conntrack::Entry;
+    use crate::model::EndReport;
+
+    #[test]
+    fn what_was_gone_does_not_count_for_the_limit() {
+        use ForwardedOutcome::{Cut, Gone, Skipped};
+        let example = Entry::example("10.0.0.1:5", "10.0.0.2:80");
+        let judged = |outcome, first, resets| {
+            let mut connection = Forwarded::new(example.clone(), None);
+            connection.outcome = Some(outcome);
+            connection.ends[0] = EndReport {
+                first,
+                now: first,
+                resets,
+            };
+            (counts_as_act(&connection), may_come_back(&connection))
+        };
+        assert_eq!(judged(Cut, EndState::Alive, 1), (true, false));
+        assert_eq!(judged(Gone, EndState::Alive, 0), (false, true));
+        assert_eq!(judged(Gone, EndState::Alive, 1), (true, true));
+        assert_eq!(judged(Gone, EndState::NotAsked, 0), (false, true));
+        let changed = Skipped(ForwardedSkip::NoLongerSelected);
+        assert_eq!(judged(changed, EndState::NotAsked, 0), (false, true));
     }
 }

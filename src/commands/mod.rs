@@ -14,6 +14,7 @@ mod gateway;
 mod gateway_watch;
 mod gateway_workers;
 mod kept;
+mod patience;
 mod reclaim;
 
 use std::ffi::{OsStr, OsString};

@@ -4,13 +4,13 @@
 //! whole, and that the application still reads, looks idle. Only two looks show it: between them the unread bytes become fewer.
 //! The first look may be one of an earlier run ([`crate::history`]). If it is of this run, cwkill waits before the second.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use crate::control::Control;
 use crate::filter::selectors::Selectors;
 use crate::model::{Scan, Socket, Target};
-use crate::sock_diag::{Detail, DiagId, LookupError, SockDiag, SocketMessage};
+use crate::sock_diag::{Cookie, Detail, DiagId, LookupError, SockDiag, SocketMessage};
 
 /// The wait is made of pauses of this length, so that Ctrl-C ends it.
 const INTERRUPT_INTERVAL: Duration = Duration::from_millis(100);
@@ -74,12 +74,54 @@ fn is_read(socket: &Socket, now: &Result<SocketMessage, LookupError>) -> bool {
         Err(LookupError::NotFound) => false,
         Err(LookupError::Errno(_)) => true,
         Ok(now) if now.state != socket.state => false,
-        Ok(now) => {
-            let now = Socket::from_message(now);
-            // Without counters, only the unread bytes can be compared.
-            now.listed_recv_q != socket.listed_recv_q
-                || now.is_unchanged_since(socket) == Some(false)
-        }
+        Ok(now) => has_moved(socket, &Socket::from_message(now)),
+    }
+}
+
+/// Whether data has moved between two looks at a socket in the same state.
+fn has_moved(socket: &Socket, now: &Socket) -> bool {
+    // Without counters, only the unread bytes can be compared.
+    now.listed_recv_q != socket.listed_recv_q || now.is_unchanged_since(socket) == Some(false)
+}
+
+/// The first looks of a run that lists the sockets again and again: each list is a look, so that it needs not wait.
+#[derive(Debug, Default)]
+pub struct Looks(HashMap<Cookie, (Socket, Instant)>);
+
+impl Looks {
+    /// Removes the targets whose second look is not due yet, or in which bytes were read since the first one. They count as in use for now.
+    /// Returns the number of those that were looked at for the first time, and the longest time to their second look.
+    pub fn defer(
+        &mut self,
+        scan: &mut Scan,
+        selectors: &Selectors,
+        now: Instant,
+    ) -> (usize, Duration) {
+        let targets = scan.targets.iter();
+        let listed: HashSet<Cookie> = targets.map(|target| target.socket.cookie()).collect();
+        self.0.retain(|cookie, _| listed.contains(cookie));
+        let (longest, count) = needed(scan, selectors);
+        let mut known = 0;
+        let before = scan.targets.len();
+        scan.targets.retain(|target| {
+            if wait(target, selectors).is_zero() {
+                return true;
+            }
+            let socket = &target.socket;
+            let look = (socket.clone(), now);
+            let Some((seen, since)) = self.0.get_mut(&socket.cookie()) else {
+                self.0.insert(socket.cookie(), look);
+                return false;
+            };
+            known += 1;
+            if seen.state != socket.state || has_moved(seen, socket) {
+                (*seen, *since) = look;
+                return false;
+            }
+            now.saturating_duration_since(*since) >= selectors.second_look_after(seen)
+        });
+        scan.in_use += before - scan.targets.len();
+        (count - known, longest)
     }
 }
 
@@ -111,5 +153,41 @@ mod tests {
         assert!(!is_read(&socket, &Err(LookupError::NotFound)));
         let failed = LookupError::Errno(nix::errno::Errno::ENOMEM);
         assert!(is_read(&socket, &Err(failed)));
+    }
+
+    #[test]
+    fn each_list_of_a_watch_is_a_look() {
+        let selectors = Selectors {
+            min_idle: Duration::from_secs(3),
+            ..Selectors::default()
+        };
+        let start = Instant::now();
+        let mut looks = Looks::default();
+        // The unread bytes of two sockets at this time; the first is read.
+        let mut seen = |seconds, unread: [u32; 2]| {
+            let target = |(&unread, cookie)| {
+                let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
+                message.recv_q = unread;
+                Target::new(Socket::from_message(&message))
+            };
+            let mut scan = Scan {
+                targets: unread.iter().zip(1..).map(target).collect(),
+                ..Scan::default()
+            };
+            let now = start + Duration::from_secs(seconds);
+            let (first, _) = looks.defer(&mut scan, &selectors, now);
+            let left: Vec<u32> = scan
+                .targets
+                .iter()
+                .map(|target| target.socket.listed_recv_q)
+                .collect();
+            (first, scan.in_use, left)
+        };
+        assert_eq!(seen(0, [500, 1]), (1, 1, vec![1]), "a FIN is not unread");
+        assert_eq!(seen(1, [500, 700]), (1, 2, vec![]));
+        assert_eq!(seen(2, [400, 700]), (0, 2, vec![]));
+        assert_eq!(seen(4, [400, 700]), (0, 1, vec![700]));
+        assert_eq!(seen(5, [400, 700]), (0, 0, vec![400, 700]));
+        assert_eq!(seen(6, [300, 700]), (0, 1, vec![700]));
     }
 }

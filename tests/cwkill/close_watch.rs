@@ -48,7 +48,12 @@ impl Scene {
     /// A connection to the server with this number: the ends of the client and of the server.
     fn connect(&self, number: usize) -> Result<(Endpoint, Endpoint)> {
         let (listener, address) = self.listeners[number];
-        let opened = self.client.connect(address, 1, Dial::default(), PATIENCE)?;
+        // A watch may close it before connect(2) has returned.
+        let dial = Dial {
+            detached: true,
+            ..Dial::default()
+        };
+        let opened = self.client.connect(address, 1, dial, PATIENCE)?;
         let accepted = self.server.accept(listener, 1, PATIENCE)?;
         Ok((opened[0], accepted[0]))
     }

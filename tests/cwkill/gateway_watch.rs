@@ -60,6 +60,17 @@ impl Watching {
         serde_json::from_str(&self.line()?).context("a line that is no object")
     }
 
+    /// The next object that is not of a connection that was gone: where a SYN comes twice, the second ends the questions, and the connection
+    /// is dealt with again.
+    pub fn object_of_living(&mut self) -> Result<Value> {
+        loop {
+            let object = self.object()?;
+            if at(&object, "/result/outcome") != "gone" {
+                return Ok(object);
+            }
+        }
+    }
+
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
     }
@@ -148,7 +159,7 @@ fn connections_are_cut_as_they_come_and_bystanders_live(family: Family) -> Resul
     }
     let mut cut = 0;
     while cut < COUNT + 1 {
-        let object = watching.object()?;
+        let object = watching.object_of_living()?;
         assert_eq!(at(&object, "/result/outcome"), "cut", "{object:#}");
         assert_eq!(at(&object, "/original/dst/port"), "7000", "{object:#}");
         cut += 1;
@@ -156,12 +167,7 @@ fn connections_are_cut_as_they_come_and_bystanders_live(family: Family) -> Resul
     all_are_over(&gateway, bystanders.len())?;
     let ran = watching.interrupted()?.exits(0);
     assert_eq!(ran.stdout, "", "{ran:?}");
-    let summary = format!(
-        "{} forwarded connections: {} cut; watched for",
-        COUNT + 1,
-        COUNT + 1
-    );
-    ran.complains(&summary);
+    ran.complains(&format!("forwarded connections: {} cut", COUNT + 1));
     for pair in bystanders {
         carries_data(&gateway, pair)?;
     }
@@ -217,8 +223,8 @@ fn a_watch_ends_by_itself() -> Result<()> {
     let mut watching = Watching::start(&gateway, line)?;
     watching.object()?;
     is_reset(&gateway, dial(&gateway)?.fd)?;
-    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
-    watching.ended()?.exits(0).complains("2 cut; watched for");
+    assert_eq!(at(&watching.object_of_living()?, "/result/outcome"), "cut");
+    watching.ended()?.exits(0).complains(": 2 cut");
     listen_anew(&mut gateway)?;
     let third = gateway.connect(1)?[0];
     carries_data(&gateway, third)
@@ -287,7 +293,7 @@ fn lost_events_are_said_and_made_up_for() -> Result<()> {
     let line = "--dport 7000 --cut --active --watch --jsonl";
     let mut watching = Watching::start(&gateway, line)?;
     is_reset(&gateway, first.fd)?;
-    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
+    assert_eq!(at(&watching.object_of_living()?, "/result/outcome"), "cut");
     watching.signal(Signal::SIGSTOP)?;
     // Each datagram makes an entry, and so an event.
     let server = Side::Server.host(Family::V4);
@@ -297,12 +303,12 @@ fn lost_events_are_said_and_made_up_for() -> Result<()> {
     let new = gateway.connect(1)?[0].0;
     watching.signal(Signal::SIGCONT)?;
     is_reset(&gateway, new.fd)?;
-    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
+    assert_eq!(at(&watching.object_of_living()?, "/result/outcome"), "cut");
     watching
         .interrupted()?
         .exits(0)
         .complains("some are lost: the table is listed again")
-        .complains("events were lost 1 time");
+        .complains("events were lost");
     Ok(())
 }
 
@@ -313,7 +319,7 @@ fn without_events_the_table_is_listed() -> Result<()> {
     let mut watching = Watching::start(&gateway, "--all --cut --active --watch --jsonl")?;
     watching.object()?;
     is_reset(&gateway, dial(&gateway)?.fd)?;
-    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
+    assert_eq!(at(&watching.object_of_living()?, "/result/outcome"), "cut");
     watching
         .interrupted()?
         .exits(0)
@@ -338,7 +344,7 @@ fn each_connection_of_a_watch_is_recorded() -> Result<()> {
     let mut watching = Watching::start(&gateway, &line)?;
     watching.object()?;
     is_reset(&gateway, dial(&gateway)?.fd)?;
-    watching.object()?;
+    watching.object_of_living()?;
     watching.interrupted()?.exits(0);
     let text = std::fs::read_to_string(&path)?;
     let records: Vec<Value> = text
@@ -346,10 +352,16 @@ fn each_connection_of_a_watch_is_recorded() -> Result<()> {
         .map(|line| serde_json::from_str(line).context("a record"))
         .collect::<Result<_>>()?;
     let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
-    let expected = ["begin", "intent", "outcome", "intent", "outcome", "end"];
-    assert_eq!(events, expected, "{text}");
+    // One that was gone has a pair of its own.
+    let of_acts = events.strip_prefix(&["begin".to_owned()][..]);
+    let of_acts = of_acts.and_then(|events| events.strip_suffix(&["end".to_owned()][..]));
+    let of_acts = of_acts.context("no begin, or no end")?;
+    let pairs = of_acts.chunks(2);
+    assert!(of_acts.len() >= 4, "{text}");
+    pairs.for_each(|pair| assert_eq!(pair, ["intent", "outcome"], "{text}"));
     assert_eq!(at(&records[0], "/watch"), "true", "{text}");
-    assert_eq!(at(&records[4], "/connection/result/outcome"), "cut");
-    assert_eq!(at(&records[5], "/summary/cut"), "2");
+    let last = &records[records.len() - 2..];
+    assert_eq!(at(&last[0], "/connection/result/outcome"), "cut");
+    assert_eq!(at(&last[1], "/summary/cut"), "2");
     Ok(())
 }

@@ -211,7 +211,7 @@ impl<'x, 'c> Exchange<'x, 'c> {
                 continue;
             };
             self.capture(&mut VecDeque::new());
-            if !self.questions.may_delete(index) {
+            if self.questions.has_ended(index) || !self.questions.may_delete(index) {
                 return;
             }
             // It times out in any case.

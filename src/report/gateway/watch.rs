@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::text::{Column, row};
 use super::{ForwardedCounts, ForwardedRun};
 use crate::config::GatewayConfig;
-use crate::model::ForwardedAct;
+use crate::model::{ForwardedAct, ForwardedOutcome, ForwardedSkip};
 use crate::report::ExitStatus;
 use crate::text::{counted, seconds};
 
@@ -18,6 +18,8 @@ pub struct Watched {
     pub counts: ForwardedCounts,
     ends_here: usize,
     entries_kept: usize,
+    /// Those that have changed between two looks, so that they no longer match.
+    changed: usize,
     /// The number of connections that matched, and that were not reached before the end.
     pub not_reached: usize,
     /// How often events were lost.
@@ -32,6 +34,7 @@ impl Watched {
             counts: ForwardedCounts::default(),
             ends_here: 0,
             entries_kept: 0,
+            changed: 0,
             not_reached: 0,
             losses: 0,
         }
@@ -42,6 +45,11 @@ impl Watched {
         self.counts.add(run.counts());
         self.ends_here += run.scan.ends_here;
         self.entries_kept += run.entries_kept();
+        let changed = ForwardedOutcome::Skipped(ForwardedSkip::NoLongerSelected);
+        let connections = run.scan.connections.iter();
+        self.changed += connections
+            .filter(|one| one.outcome.as_ref() == Some(&changed))
+            .count();
     }
 
     /// The line at the end.
@@ -66,12 +74,12 @@ impl Watched {
         line
     }
 
-    /// As for a run that acts once.
+    /// As for a run that acts once. One that has changed is looked at again, so that its skip is not its end.
     pub fn exit_status(&self) -> ExitStatus {
         let not_reached = if self.acts { self.not_reached } else { 0 };
         let counts = ForwardedCounts {
             matched: self.counts.matched + not_reached,
-            skipped: self.counts.skipped + not_reached,
+            skipped: self.counts.skipped - self.changed + not_reached,
             ..self.counts
         };
         counts.exit_status(self.act, self.entries_kept)
@@ -154,7 +162,7 @@ mod tests {
     use super::super::tests::config;
     use super::*;
     use crate::conntrack::Entry;
-    use crate::model::{Forwarded, ForwardedOutcome, ForwardedScan};
+    use crate::model::{Forwarded, ForwardedScan};
 
     fn run(outcomes: &[ForwardedOutcome]) -> ForwardedRun {
         let connection = |outcome: &ForwardedOutcome| {
@@ -196,6 +204,10 @@ mod tests {
         );
         assert_eq!(watched.exit_status(), ExitStatus::NotAllClosed);
         watched.not_reached = 0;
+        watched.add(&run(&[ForwardedOutcome::Skipped(
+            ForwardedSkip::NoLongerSelected,
+        )]));
+        assert_eq!(watched.exit_status(), ExitStatus::Done);
         watched.add(&run(&[Alive]));
         assert_eq!(watched.exit_status(), ExitStatus::NotAllClosed);
         let dry = Watched::new(cut, false);
