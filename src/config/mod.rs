@@ -167,6 +167,7 @@ impl Config {
             limit,
         } = args;
         let names_targets = selection.names_targets();
+        let names_some = selection.names_some();
         let narrowing = selection.narrowing_option();
         let asks = !selection.owners.all && !acting.yes;
         check_watch(&acting, &output, limit)?;
@@ -176,9 +177,9 @@ impl Config {
             netns,
             notes,
         } = Scope::from_args(selection)?;
-        let has_min_time =
-            acting.active || !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
-        let selects = names_targets || selectors.expression.says_more_than_states();
+        let has_min_time = !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
+        let expression_selects = selectors.expression.says_more_than_states();
+        let selects = names_targets || expression_selects;
         if !selects
             && !acting.dry_run
             && let Some(option) = acting.acting_option()
@@ -200,15 +201,26 @@ impl Config {
             (true, false) => Action::Act,
             (false, false) => Action::List,
         };
+        let takes_open = selectors.states.contains(TcpState::Established);
         // Who watches for open connections wants the new ones, which are in use.
-        let takes_new = acting.watch && selectors.states.contains(TcpState::Established);
-        if action == Action::Act
-            && selectors.states.contains(TcpState::Established)
-            && !(has_min_time || takes_new)
-        {
-            return Err(usage(
-                "an ESTABLISHED connection may be in use: say how long it must have been idle, for example --min-idle 1h, or --active for any",
-            ));
+        let takes_new = acting.watch && takes_open;
+        if action == Action::Act && takes_open && !has_min_time {
+            let option = match (acting.active, acting.watch) {
+                (true, _) => "--active",
+                (false, true) => "--watch",
+                (false, false) => {
+                    return Err(usage(
+                        "an ESTABLISHED connection may be in use: say how long it must have been idle, for example --min-idle 1h, \
+                         or --active for any",
+                    ));
+                }
+            };
+            if !(names_some || expression_selects) {
+                return Err(usage(&format!(
+                    "{option} would end every open connection of this host, also that by which its operator is connected: name an \
+                     address, a port or a process, for example --peer 192.0.2.7"
+                )));
+            }
         }
         if action != Action::List {
             let unless_given = match takes_new || acting.active {
@@ -249,7 +261,7 @@ impl Config {
                 methods,
                 discard_unsent: acting.discard_unsent,
                 max_kills: acting.max_kills,
-                has_min_time: has_min_time || takes_new,
+                has_min_time: has_min_time || acting.active || takes_new,
                 allow_spin: acting.allow_spin,
                 frees_epoll_members: acting.reclaim && acting.reclaiming.reclaim_force,
             },
@@ -555,6 +567,38 @@ mod tests {
             "--port 1 --state established --active",
             "--port 1 --state established -n",
             "--state established",
+        ] {
+            assert!(config(line).is_ok(), "{line}");
+        }
+    }
+
+    /// The connection by which the operator works on the host is one of them.
+    #[test]
+    fn open_connections_of_everybody_are_never_ended_at_once() {
+        for line in [
+            "--all --state established --active",
+            "--all --state established --active --yes",
+            "--all --state close-wait,established --active",
+            "--all --state established --active --min-age 0s",
+            "--all --state established --watch",
+            "--all --state established --watch --min-idle 0s",
+            "--all --state established --user 0 --active",
+            "--all --state established -4 --netns 1 --watch",
+            "--all state connected --active",
+        ] {
+            let error = config(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains("--peer 192.0.2.7"), "{error}");
+        }
+        for line in [
+            "--all --state established --active -n",
+            "--all --state established --active --min-age 1h",
+            "--all --state established --watch --min-idle 1h",
+            "--all --state close-wait --active",
+            "--all --watch",
+            "--all --port 1 --state established --active",
+            "--process x --state established --watch",
+            "sport = :80 --state established --active",
         ] {
             assert!(config(line).is_ok(), "{line}");
         }

@@ -75,20 +75,24 @@ impl Selection {
     /// Whether an option names the sockets to act on: cwkill then acts on them. The expression is not considered; see
     /// [`Expression::says_more_than_states`].
     pub(crate) fn names_targets(&self) -> bool {
+        self.owners.all || self.names_some()
+    }
+
+    /// Whether an option besides `--all` names them.
+    pub(super) fn names_some(&self) -> bool {
         let owners = &self.owners;
-        owners.all
-            || !(self.port.is_empty()
-                && self.peer_port.is_empty()
-                && self.local.is_empty()
-                && self.peer.is_empty()
-                && owners.pid.is_empty()
-                && owners.process.is_empty()
-                && owners.unit.is_empty()
-                && owners.container.is_empty()
-                && owners.pod.is_empty()
-                && owners.namespace.is_empty()
-                && owners.compose_service.is_empty()
-                && owners.cgroup.is_empty())
+        !(self.port.is_empty()
+            && self.peer_port.is_empty()
+            && self.local.is_empty()
+            && self.peer.is_empty()
+            && owners.pid.is_empty()
+            && owners.process.is_empty()
+            && owners.unit.is_empty()
+            && owners.container.is_empty()
+            && owners.pod.is_empty()
+            && owners.namespace.is_empty()
+            && owners.compose_service.is_empty()
+            && owners.cgroup.is_empty())
     }
 
     /// The first given option that only narrows the selection. By itself it never makes cwkill act.

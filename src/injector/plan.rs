@@ -16,7 +16,8 @@ pub struct Policy {
     pub discard_unsent: bool,
     /// The maximum number of sockets to act on, the oldest first.
     pub max_kills: Option<usize>,
-    /// Whether the operator gave a minimum age or a minimum idle time. Without one of them, cwkill never closes an open connection.
+    /// Whether the operator gave a minimum age, a minimum idle time or `--active`, or watches for open connections. Without one of these,
+    /// cwkill never closes an open connection.
     pub has_min_time: bool,
     /// Whether a close may make an owner spin.
     pub allow_spin: bool,

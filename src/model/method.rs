@@ -82,7 +82,7 @@ impl Method {
     }
 
     /// Why the state of `socket` forbids the method on this kernel. `has_min_time`: the operator gave a minimum age, a minimum
-    /// idle time or `--active`. cwkill never closes an open connection without one of them.
+    /// idle time or `--active`, or watches for open connections. cwkill never closes one without.
     pub fn forbidden_by_state(
         self,
         socket: &Socket,
@@ -93,7 +93,7 @@ impl Method {
             TcpState::CloseWait => None,
             TcpState::Established if has_min_time => None,
             TcpState::Established => {
-                Some("an open connection is only closed with --min-idle or --min-age")
+                Some("an open connection is only closed with --min-idle, --min-age or --active")
             }
             // The FIN of this host is already sent, and shutdown(2) sends no second one (net/ipv4/af_inet.c, inet_shutdown;
             // net/ipv4/tcp.c, tcp_shutdown).

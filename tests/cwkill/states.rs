@@ -59,6 +59,13 @@ fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
     ] {
         cwkill(&lab, arguments)?.exits(2).complains("--min-idle 1h");
     }
+    for arguments in [
+        "--all --state established --active",
+        "--all --state established --watch",
+    ] {
+        let ran = cwkill(&lab, arguments)?.exits(2);
+        ran.complains("--peer 192.0.2.7");
+    }
     let ran = cwkill(&lab, "--state established -n --json")?.exits(0);
     assert_eq!(ran.sockets()[0]["plan"], serde_json::json!([]));
     cwkill(&lab, "--all --state established --min-age 1h")?.exits(1);
