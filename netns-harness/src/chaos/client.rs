@@ -93,6 +93,8 @@ pub(crate) struct ClientStats {
     pub idle_left: u64,
     /// Bystanders that were reset after one of their ends had got no processor time for as long as an idle connection lasts.
     pub overslept: u64,
+    /// Bystanders that were reset after their last byte and before the FIN that the server had announced.
+    pub reset_at_end: u64,
     /// Handshakes that failed, by errno.
     pub refused: BTreeMap<String, u64>,
     /// Handshakes of more than [`SLOW`].
@@ -118,6 +120,7 @@ impl ClientStats {
         self.idle_ended += other.idle_ended;
         self.idle_left += other.idle_left;
         self.overslept += other.overslept;
+        self.reset_at_end += other.reset_at_end;
         for (errno, count) in other.refused {
             *self.refused.entry(errno).or_default() += count;
         }
@@ -346,6 +349,7 @@ impl<'a> Client<'a> {
                     (true, End::ClientCloses | End::ClientResets) => Then::ClientCloses,
                 },
             };
+            let mut at_end = false;
             let done = connection
                 .send_request(&header)
                 .and_then(|()| {
@@ -353,19 +357,24 @@ impl<'a> Client<'a> {
                     connection.read_reply(&header, round)
                 })
                 .and_then(|()| match header.then {
-                    Then::ServerCloses => self.read_end(&mut connection),
+                    Then::ServerCloses => {
+                        at_end = true;
+                        connection.read_end()
+                    }
                     _ => Ok(()),
                 });
             if let Err(error) = done {
-                // A connection that the killer is to end. Data may have moved since its last look.
                 let idle_ms = self.config.idle_ms.map(u64::from);
-                let is_idle =
-                    idle_ms.is_some_and(|ms| moved.longest_gap() >= Duration::from_millis(ms));
-                if error.is_reset() && is_idle {
-                    self.stats.overslept += 1;
-                    return;
+                match idle_ms.map(Duration::from_millis) {
+                    // A connection that the killer is to end. Data may have moved since its last look.
+                    Some(idle) if error.is_reset() && moved.longest_gap() >= idle => {
+                        self.stats.overslept += 1;
+                    }
+                    // A killer on a gateway may end a connection after its first FIN. After a FIN this reads an end and no error, also if
+                    // an RST has followed (net/ipv4/tcp.c, tcp_recvmsg_locked: SOCK_DONE). So the RST came first.
+                    Some(_) if error.is_reset() && at_end => self.stats.reset_at_end += 1,
+                    _ => self.lost(&connection, id, kind, round, error),
                 }
-                self.lost(&connection, id, kind, round, error);
                 return;
             }
             if last {
@@ -379,15 +388,6 @@ impl<'a> Client<'a> {
         self.stats.long_lived += u64::from(rounds.is_none());
         if let End::ClientResets = end {
             reset(&connection);
-        }
-    }
-
-    /// Reads the end that the server has announced. On a gateway, a killer may end a connection after its first FIN, and all bytes have
-    /// arrived by then.
-    fn read_end(&self, connection: &mut Connection) -> Result<(), WireError> {
-        match connection.read_end() {
-            Err(error) if error.is_reset() && self.config.idle_ms.is_some() => Ok(()),
-            ended => ended,
         }
     }
 
