@@ -6,7 +6,9 @@ and network namespaces, which scripts/test-fail2ban makes.
 
 import concurrent.futures
 import ctypes
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +19,13 @@ import time
 CWKILL, WORK = os.path.abspath(sys.argv[1]), sys.argv[2]
 HERE = os.path.dirname(os.path.abspath(__file__))
 PORT = 22
-PATIENCE = 60
+# For what comes at once unless the machine is very busy.
+PATIENCE = 300
+# For a connection that must not come.
+REFUSED_WITHIN = 10
+# Each connection has a source port of its own in the whole run. No NAT has a reason to change it, so it names the connection on every
+# host. They are below those that the kernel chooses.
+SOURCE_PORTS = itertools.count(20001)
 # Each network has the router as .1 and a host as .2.
 NETWORKS = {"attacker": 1, "bystander": 2, "server": 3}
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -46,11 +54,20 @@ def inside(netns, work):
         return thread.submit(run).result()
 
 
+def fail(what):
+    sys.exit(f"FAILED: {what}\n{fail2ban_log()}")
+
+
+def ensure(what, holds):
+    if not holds:
+        fail(what)
+
+
 def wait(what, holds):
     until = time.monotonic() + PATIENCE
     while not holds():
         if time.monotonic() > until:
-            sys.exit(f"FAILED: {what}\n{fail2ban_log()}")
+            fail(what)
         time.sleep(0.05)
 
 
@@ -59,7 +76,7 @@ def fail2ban_log():
         with open(f"{WORK}/fail2ban.log") as file:
             return file.read()
     except FileNotFoundError:
-        return ""
+        return "(no log of fail2ban)"
 
 
 def build():
@@ -99,20 +116,27 @@ def serve(netns):
     threading.Thread(target=accept, daemon=True).start()
 
 
-def connect(netns, to):
-    return inside(netns, lambda: socket.create_connection((to, PORT), timeout=PATIENCE))
+def connect(netns, to, timeout=PATIENCE):
+    source = ("", next(SOURCE_PORTS))
+    connection = inside(netns, lambda: socket.create_connection((to, PORT), timeout=timeout, source_address=source))
+    connection.settimeout(PATIENCE)
+    return connection
 
 
 def works(connection):
-    connection.sendall(b"ping")
-    return connection.recv(4096) == b"ping"
+    try:
+        connection.sendall(b"ping")
+        return connection.recv(4096) == b"ping"
+    except OSError as error:
+        print(f"{connection}: {error}", file=sys.stderr)
+        return False
 
 
-def seen(netns, ends):
-    """How many of these connections ss shows there: pairs of an address and a port of the client."""
-    rows = sh("ss -Htn state connected exclude time-wait", netns)
-    words = rows.replace("[", "").replace("]", "").split()
-    return sum(any(word.endswith(f"{host}:{port}") for word in words) for host, port in ends)
+def seen(netns, ports):
+    """Those of the source ports whose connections ss shows there."""
+    rows = sh("ss -Htn state connected exclude time-wait", netns).splitlines()
+    # The last two columns are the ends.
+    return ports & {int(end.rpartition(":")[2]) for row in rows for end in row.split()[-2:]}
 
 
 def start_fail2ban(netns, where, hook):
@@ -149,6 +173,27 @@ def failed_login(host):
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} login failed from {host}\n")
 
 
+def stop_fail2ban(server):
+    server.terminate()
+    try:
+        server.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+        fail("fail2ban does not end")
+
+
+def failed_actions(log):
+    """Lines about actions that have failed. Status 4 of cwkill says that it could not see an end go: on a busy machine an answer may be
+    late. Whether the connections are gone is looked at on their hosts."""
+    lines = [line for line in log.splitlines() if "ERROR" in line or "Failed to" in line]
+    statuses = re.findall(r"-- returned (\d+)", "\n".join(lines))
+    if statuses and set(statuses) == {"4"}:
+        print("an answer came late: cwkill ended with status 4", file=sys.stderr)
+        return []
+    return lines
+
+
 def phase(name, where, netns, hook):
     """`netns` is where fail2ban runs, and `hook` is the hook of its ban there."""
     server = start_fail2ban(netns, where, hook)
@@ -160,55 +205,59 @@ def phase(name, where, netns, hook):
             attacks.append(connect("attacker", address(family, NETWORKS["attacker"], 1)))
         others = [connect("bystander", to)]
         for connection in attacks + others:
-            assert works(connection)
+            ensure("a connection does not work before the ban", works(connection))
         attacker = address(family, NETWORKS["attacker"], 2)
-        ends = [connection.getsockname()[:2] for connection in attacks]
-        # The router may have given them another address.
-        at_server = [("", port) for _, port in ends]
-        assert seen("attacker", ends) == len(attacks)
-        assert seen("server", at_server) == 2
+        ports = {connection.getsockname()[1] for connection in attacks}
+        at_server = {connection.getsockname()[1] for connection in attacks[:2]}
+        ensure("a connection is not seen at the attacker", seen("attacker", ports) == ports)
+        ensure("a connection is not seen at the server", seen("server", ports) == at_server)
         # An address without connections first. It must be no failure.
         failed_login(address(family, NETWORKS["attacker"], 77))
         failed_login(attacker)
-        wait("a connection is left at the attacker", lambda: seen("attacker", ends) == 0)
-        wait("a connection is left at the server", lambda: seen("server", at_server) == 0)
+        wait("a connection is left at the attacker", lambda: not seen("attacker", ports))
+        wait("a connection is left at the server", lambda: not seen("server", ports))
         if where == "both":
-            wait("a connection is left at the router", lambda: seen("router", at_server) == 0)
+            wait("a connection is left at the router", lambda: not seen("router", ports))
         for connection in attacks:
             try:
                 connection.sendall(b"x")
-                assert connection.recv(1) == b""
+                ensure("the attacker still gets bytes", connection.recv(1) == b"")
             except OSError:
                 pass
         for connection in others:
-            assert works(connection), "the connection of the bystander is lost"
+            ensure("the connection of the bystander is lost", works(connection))
         try:
-            connect("attacker", to)
-            sys.exit("FAILED: the attacker can connect again")
+            connect("attacker", to, REFUSED_WITHIN)
+            fail("the attacker can connect again")
         except OSError:
             pass
         wait("no ban in the log", lambda: f"Ban {attacker}" in fail2ban_log())
-    server.terminate()
-    server.wait()
-    log = fail2ban_log()
-    if "ERROR" in log or "Failed to" in log:
-        sys.exit(f"FAILED: an action has failed\n{log}")
+    stop_fail2ban(server)
+    lines = failed_actions(fail2ban_log())
+    ensure("an action has failed: " + "; ".join(lines), not lines)
     print(f"{name}: the connections of a banned address end at both ends, those of a bystander live, of both families")
 
 
-build()
-serve("server")
-serve("router")
-phase("on a host", "host", "server", "input")
-# With NAT, as most routers have it: the server sees their address.
-sh(
-    """nft 'table inet nat {
-        chain post {
-            type nat hook postrouting priority 100
-            oifname server masquerade
-        }
-    }'""",
-    "router",
-)
-phase("on a router", "gateway", "router", "forward")
-phase("on a router with services of its own", "both", "router", "prerouting")
+def main():
+    build()
+    serve("server")
+    serve("router")
+    phase("on a host", "host", "server", "input")
+    # With NAT, as most routers have it: the server sees their address.
+    sh(
+        """nft 'table inet nat {
+            chain post {
+                type nat hook postrouting priority 100
+                oifname server masquerade
+            }
+        }'""",
+        "router",
+    )
+    phase("on a router", "gateway", "router", "forward")
+    phase("on a router with services of its own", "both", "router", "prerouting")
+
+
+try:
+    main()
+except Exception as error:
+    fail(repr(error))
