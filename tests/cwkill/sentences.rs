@@ -13,6 +13,7 @@ use crate::trial::{Test, once};
 pub const TESTS: &[Test] = &[
     once!(commands_inside_sentences_do_what_the_sentences_say),
     once!(a_sentence_that_says_the_wrong_thing_is_found),
+    once!(what_to_type_instead_of_other_tools_does_the_same),
 ];
 
 /// What a sentence says of a command that looks.
@@ -175,6 +176,37 @@ fn commands_inside_sentences_do_what_the_sentences_say() -> Result<()> {
     }
     assert!(seen > 3, "the search found {seen} commands");
     assert!(all.is_empty(), "{}", all.join("\n"));
+    Ok(())
+}
+
+/// The other tools reset a connection that is in use, and so do the commands beside them in the tables.
+fn what_to_type_instead_of_other_tools_does_the_same() -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/other-tools.md");
+    let text = std::fs::read_to_string(path)?;
+    let (_, tables) = text
+        .split_once("## What to type instead")
+        .context("no such part")?;
+    let mut open = 0;
+    for line in tables.lines().filter(|line| line.starts_with('|')) {
+        for command in line.split('`').skip(1).step_by(2) {
+            if !command.starts_with("cwkill ") || command == "cwkill gateway" {
+                continue;
+            }
+            let acts = acts(command).with_context(|| command.to_owned())?;
+            assert!(acts, "{command} does not act");
+            if command.contains("--state established") {
+                open += 1;
+                let aborts = "--method destroy --discard-unsent";
+                assert!(command.contains(aborts), "{command}");
+                let takes_any = ["--active", "--watch"];
+                assert!(
+                    takes_any.iter().any(|any| command.contains(any)),
+                    "{command}"
+                );
+            }
+        }
+    }
+    assert!(open > 9, "the search found {open} commands");
     Ok(())
 }
 
