@@ -411,7 +411,8 @@ impl<'a> Client<'a> {
             id,
             round: 0,
             request: self.payload(),
-            reply: self.random.up_to(2 << 10),
+            // Never empty: without bytes, a stream is as stuck as any other.
+            reply: 1 + self.random.up_to(2 << 10),
             then: Then::Stream {
                 replies: u16::try_from(replies).unwrap_or(u16::MAX),
                 pause_ms: u16::try_from(pause_ms).unwrap_or(u16::MAX),
