@@ -4,7 +4,8 @@ use anyhow::Result;
 use netns_harness::{Family, TcpState};
 
 use crate::support::{
-    all_have, at, carries_data, connections, cwkill, first_exclusion, in_state, lab, skip_reason,
+    all_have, as_typed, at, carries_data, connections, cwkill, first_exclusion, in_state, lab,
+    skip_reason,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -63,7 +64,7 @@ fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
         "--all --state established --active",
         "--all --state established --watch",
     ] {
-        let ran = cwkill(&lab, arguments)?.exits(2);
+        let ran = as_typed(&lab, arguments)?.exits(2);
         ran.complains("--peer 192.0.2.7");
     }
     let ran = cwkill(&lab, "--state established -n --json")?.exits(0);
