@@ -10,13 +10,12 @@ use netns_harness::{Agent, Dial, Family, Host, Nat, Side, SocketOption, address,
 use crate::gateway::Gateway;
 use crate::gateway_cut::{all_are, carries_data, connections, results};
 use crate::support::{PATIENCE, at, ran};
-use crate::trial::{Need, Test, each_family, once};
+use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     each_family!(a_rule_for_the_port_chooses_the_neighbour),
     each_family!(a_route_with_several_hops_is_used_if_the_hash_is_known),
     each_family!(tables_by_interface_of_arrival_are_used),
-    each_family!(the_table_of_a_vrf_is_used).needs(Need::Vrf),
     once!(with_two_possible_paths_a_connection_is_left_alone),
     once!(a_mark_that_may_be_that_of_the_packets_counts),
     once!(what_the_routes_lead_to_this_host_is_left_alone),
@@ -165,27 +164,6 @@ fn tables_by_interface_of_arrival_are_used(family: Family) -> Result<()> {
             "ip {ip} rule add iif {link} lookup 77
              ip {ip} route add {host} dev {link} table 77
              ip {ip} route flush dev {link} table main"
-        ))?;
-    }
-    gateway.connect(2)?;
-    let ran = gateway.gateway("--cut --all --active --json")?;
-    all_are(&ran.exits(0), "cut", 2);
-    for host in [&gateway.lab.client, &gateway.lab.server] {
-        assert_eq!(connections(host)?, 0);
-    }
-    Ok(())
-}
-
-fn the_table_of_a_vrf_is_used(family: Family) -> Result<()> {
-    let gateway = Gateway::start(family, Nat::None)?;
-    gateway.sh("ip link add red type vrf table 77; ip link set red up")?;
-    for side in [Side::Client, Side::Server] {
-        let link = side.link();
-        // A link that enters a VRF loses its IPv6 addresses.
-        gateway.sh(&format!(
-            "ip link set {link} master red
-             ip -6 addr replace {}/64 dev {link} nodad",
-            side.router(Family::V6)
         ))?;
     }
     gateway.connect(2)?;

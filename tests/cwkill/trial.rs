@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use libtest_mimic::{Failed, Trial};
+use netns_harness::Family;
 use netns_harness::owners::runtimes::Runtime;
-use netns_harness::{Family, Host};
 
 use crate::{cgroups, reclaim};
 
@@ -41,8 +41,6 @@ pub enum Need {
     Iterator,
     /// Its user may mount file systems that a program serves.
     Fuse,
-    /// The kernel has virtual routing (CONFIG_NET_VRF).
-    Vrf,
     /// The kernel runs 32-bit programs.
     Bits32,
     /// A program by its name.
@@ -76,7 +74,6 @@ impl Need {
                 *IS_ROOT && std::path::Path::new("/dev/fuse").exists(),
                 "there is no /dev/fuse, or only root of the machine may mount",
             ),
-            Need::Vrf => (can_make_a_vrf(), "the kernel has no CONFIG_NET_VRF"),
             Need::Iterator => (
                 *IS_ROOT && std::path::Path::new("/sys/kernel/btf/vmlinux").exists(),
                 "there is no /sys/kernel/btf/vmlinux, or only root of the machine may load programs of BPF",
@@ -92,16 +89,6 @@ impl Need {
         };
         (!is_there).then(|| why.to_owned())
     }
-}
-
-fn can_make_a_vrf() -> bool {
-    let made = Host::new().and_then(|host| {
-        let command = host.command("ip");
-        command
-            .args(["link", "add", "red", "type", "vrf", "table", "9"])
-            .output()
-    });
-    made.is_ok_and(|output| output.status.success())
 }
 
 impl Test {

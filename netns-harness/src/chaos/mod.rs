@@ -69,10 +69,9 @@ const FIRST_PORT: u16 = 20_000;
 /// How long the last connections may take after the run, in addition to those that last longer than the minimum age.
 const END_DEADLINE: Duration = Duration::from_secs(90);
 
-/// Stuck connections last longer than the minimum age by at most one of these times, in milliseconds. The long ones are for a killer on a
-/// busy machine; on an idle one, the killer closes them earlier.
-const HELD_MS: [u32; 4] = [5, 50, 500, 2000];
-/// The same for the daemon, which decides about all of them and then acts on one after the other.
+/// How long stuck connections last at most, in milliseconds, beyond the minimum age. See [`Options::held_ms`].
+const HELD_MS: u32 = 2000;
+/// Before the daemon they last longer by at most one of these times. It decides about all of them and then acts on one after the other.
 const HELD_BEFORE_DAEMON_MS: [u32; 4] = [2000, 10_000, 20_000, 40_000];
 
 /// Behind a gateway, a connection without a byte for this long is one that a killer may end. Bystanders pause for much less.
@@ -114,6 +113,9 @@ pub struct Options {
     pub seed: u64,
     /// How many connections of a hundred get stuck. The others are bystanders; so is every tenth client, which has a single connection.
     pub stuck_percent: u32,
+    /// Stuck connections last longer than the minimum age by at most this, in milliseconds, or a part of it down to a four hundredth. The
+    /// killers act on more of them if it is long, and on more that are about to end by themselves if it is short. Not for the daemon.
+    pub held_ms: u32,
     /// The `--min-age` of the killers. Adds half-closed streams that stay younger. Reduces the number of acts.
     pub min_age: Option<Duration>,
     /// A router with this NAT is between clients and server, and the killers run on it: [`Killer::gateway`].
@@ -132,6 +134,7 @@ impl Default for Options {
             port: 8080,
             seed: 1,
             stuck_percent: 50,
+            held_ms: HELD_MS,
             min_age: None,
             gateway: None,
         }
@@ -152,7 +155,8 @@ impl Options {
 /// The run itself failed: a worker did not start or end, or a killer did not work. Harm that the killers did is in the report.
 pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     ensure!(!killers.is_empty(), "no killer to run");
-    run_with(options, HELD_MS, |host, until, is_done| {
+    let held_ms = [400, 40, 4, 1].map(|part| options.held_ms / part);
+    run_with(options, held_ms, |host, until, is_done| {
         killer::run_all(host, killers, until, options.acts, is_done)
     })
 }
@@ -353,6 +357,9 @@ pub(crate) struct Chaos {
     /// How many connections of a hundred get stuck; with more, there are more acts and fewer bystanders
     #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u32).range(1..=99))]
     stuck_percent: u32,
+    /// How long a stuck connection lasts at most, in milliseconds; with more, there are more acts
+    #[arg(long, value_name = "MS", default_value_t = HELD_MS, value_parser = clap::value_parser!(u32).range(100..=60000))]
+    held_ms: u32,
     /// The `--min-age` of cwkill; adds half-closed streams that stay younger
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u16).range(500..=20000))]
     min_age_ms: Option<u16>,
@@ -401,6 +408,7 @@ impl Chaos {
             port: self.port,
             seed,
             stuck_percent: self.stuck_percent,
+            held_ms: self.held_ms,
             min_age: self.min_age_ms.map(|ms| Duration::from_millis(ms.into())),
             gateway: self.gateway.then_some(self.nat),
         };
