@@ -63,7 +63,7 @@ impl Killer {
         }
     }
 
-    /// `cwkill gateway --cut` for connections to these ports: one for those that are idle for [`IDLE`], and one for those of which one end
+    /// `cwkill gateway --cut` for connections to these ports: one for those that are idle for 5 s, and one for those of which one end
     /// has sent its FIN.
     #[must_use]
     pub fn gateway(program: &Path, [first, second]: [u16; 2]) -> [Self; 2] {
