@@ -58,8 +58,8 @@ fn an_interrupt_leaves_no_connection_half() -> Result<()> {
     const COUNT: usize = 60;
     let gateway = Gateway::start(Family::V4, Nat::Masquerade)?;
     gateway.connect(COUNT)?;
-    // Ten a second.
-    let child = start(&gateway, "--cut --all --active --json --rate 60")?;
+    // Two or three a second, so that most are left when a busy machine sends the signal.
+    let child = start(&gateway, "--cut --all --active --json --rate 15")?;
     wait_for(PATIENCE, || Ok(connections(&gateway.lab.client)? < COUNT))?;
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
     let ran = ended(child)?.exits(4);
@@ -103,7 +103,8 @@ fn an_interface_that_goes_away_costs_only_its_connections() -> Result<()> {
         gateway.connect(1)?;
         gateway.client.connect(to, 1, Dial::default(), PATIENCE)?;
     }
-    let child = start(&gateway, "--cut --all --active --json --rate 100")?;
+    // Three a second: some are left when the interface goes away on a busy machine.
+    let child = start(&gateway, "--cut --all --active --json --rate 20")?;
     wait_for(PATIENCE, || {
         Ok(connections(&gateway.lab.client)? < 2 * COUNT)
     })?;
