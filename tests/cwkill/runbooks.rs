@@ -501,9 +501,11 @@ static NAMESPACES_OF_OTHERS: LazyLock<Regex> = LazyLock::new(|| {
     .expect("fixed and valid")
 });
 
-/// Lines that depend on other processes of this machine.
-static OF_THE_MACHINE: LazyLock<Regex> =
-    LazyLock::new(|| Regex::new("could not be read|^cwkill: hint: ").expect("fixed and valid"));
+/// Lines that depend on other processes of this machine. Where one cannot be read, it may hold what is in flight.
+static OF_THE_MACHINE: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new("could not be read|in flight over a Unix socket|^cwkill: hint: ")
+        .expect("fixed and valid")
+});
 
 /// The lines without the parts that vary. They are sorted, because their order depends on the ages of the sockets.
 fn normal(lines: &[String]) -> Vec<String> {
