@@ -11,7 +11,7 @@ use anyhow::Context;
 
 use super::close::{HELD_UP, Prepared, close, decide, find, messages, reclaim_descriptors, width};
 use super::patience::Patience;
-use super::{confirm, say_notes, was_reported};
+use super::{confirm, report_watch_end, say_notes};
 use crate::audit::Audit;
 use crate::config::{Action, Config, Format, Watch};
 use crate::control::{Control, deadline};
@@ -25,7 +25,7 @@ use crate::model::{Coverage, Outcome, Scan, TimeAndPlace};
 use crate::report::text::Rows;
 use crate::report::{ExitStatus, Run, SocketCounts, exit_status, json};
 use crate::sock_diag::Cookie;
-use crate::terminal::{Terminal, is_coloured, say, write_out, write_out_unless};
+use crate::terminal::{Terminal, is_coloured, say, write_out_unless};
 use crate::text::{counted, seconds};
 
 /// The pause between two lists.
@@ -86,25 +86,14 @@ pub(super) fn run(mut prepared: Prepared, watch: Watch) -> anyhow::Result<ExitSt
     let log = rounds.log.take().filter(|_| rounds.is_recorded);
     let unrecorded = log.and_then(|log| log.finish_watch(rounds.counts, summary.clone()));
     drop(terminal);
-    let (written, failure) = match ended {
-        Ok(written) => (written, None),
-        Err(error) => (Ok(()), Some(error)),
-    };
-    let written = written.and_then(|()| match config.format {
-        Format::Table => write_out(|out| writeln!(out, "{summary}")),
-        Format::JsonLines => {
-            say(format_args!("{summary}"));
-            Ok(())
-        }
-        Format::Json | Format::Quiet => Ok(()),
-    });
-    let has_acted = (config.action == Action::Act).then_some(summary.as_str());
-    let reported = was_reported(written, unrecorded, has_acted)?;
-    match failure {
-        Some(error) => Err(error.context(format!("the watch has ended early ({summary})"))),
-        None if reported => Ok(rounds.exit_status()),
-        None => Ok(ExitStatus::Impossible),
-    }
+    report_watch_end(
+        ended,
+        unrecorded,
+        &summary,
+        config.format,
+        config.action,
+        rounds.exit_status(),
+    )
 }
 
 /// Until the operator or a limit ends it. Returns whether the rows were written.

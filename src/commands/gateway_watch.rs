@@ -11,7 +11,7 @@ use anyhow::Context;
 use super::gateway_workers::{self as workers, Workers};
 use super::patience::Patience;
 use super::{
-    drop_capabilities_and_start_threads, open_log, say_notes, time_and_place, was_reported,
+    drop_capabilities_and_start_threads, open_log, report_watch_end, say_notes, time_and_place,
 };
 use crate::audit::Audit;
 use crate::config::{Action, Format, GatewayConfig, Watch};
@@ -27,7 +27,7 @@ use crate::privileges::capabilities;
 use crate::report::ExitStatus;
 use crate::report::gateway::watch::{Rows, Watched};
 use crate::report::gateway::{self as report, ForwardedRun};
-use crate::terminal::{Terminal, say, write_out, write_out_unless};
+use crate::terminal::{Terminal, write_out_unless};
 
 /// The longest time from Ctrl-C to the end, if nothing is in flight.
 const LONGEST_WAIT: Duration = Duration::from_millis(50);
@@ -112,32 +112,24 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
     } = watching;
     let lasted = terminal.now().saturating_duration_since(begun);
     terminal.release_signals();
-    let (written, failure) = match ended {
-        Ok(End::Asked { left }) => {
+    let ended = ended.map(|end| match end {
+        End::Asked { left } => {
             watched.not_reached = left;
-            (Ok(()), None)
+            Ok(())
         }
-        Ok(End::Unwritten(error)) => (Err(error), None),
-        Err(error) => (Ok(()), Some(error)),
-    };
+        End::Unwritten(error) => Err(error),
+    });
     let summary = watched.summary(lasted);
     let unrecorded = log.and_then(|log| log.finish_gateway_watch(watched.counts, summary.clone()));
     drop(terminal);
-    let written = written.and_then(|()| match config.format {
-        Format::Table => write_out(|out| writeln!(out, "{summary}")),
-        Format::JsonLines => {
-            say(format_args!("{summary}"));
-            Ok(())
-        }
-        Format::Json | Format::Quiet => Ok(()),
-    });
-    let has_acted = acts.then_some(summary.as_str());
-    let reported = was_reported(written, unrecorded, has_acted)?;
-    match failure {
-        Some(error) => Err(error.context(format!("the watch has ended early ({summary})"))),
-        None if reported => Ok(watched.exit_status()),
-        None => Ok(ExitStatus::Impossible),
-    }
+    report_watch_end(
+        ended,
+        unrecorded,
+        &summary,
+        config.format,
+        config.action,
+        watched.exit_status(),
+    )
 }
 
 /// Why a watch has ended.
@@ -368,7 +360,7 @@ impl Watching<'_> {
             return Ok(Ok(()));
         };
         let rate = match &self.workers {
-            Some(workers) => workers.rate_of_each(self.config),
+            Some(workers) => workers.rate_of_each(),
             None => self.config.rate,
         };
         let most = self.kills_left().unwrap_or(usize::MAX);

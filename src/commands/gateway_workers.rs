@@ -52,7 +52,10 @@ struct Worker {
 }
 
 /// They end when this is dropped.
-pub(super) struct Workers(Vec<Worker>);
+pub(super) struct Workers {
+    workers: Vec<Worker>,
+    rate_of_each: u32,
+}
 
 impl Workers {
     /// Starts a thread for each of `sockets`.
@@ -74,25 +77,28 @@ impl Workers {
                 is_busy: false,
             }
         };
-        Workers(sockets.into_iter().map(start).collect())
+        Workers {
+            workers: sockets.into_iter().map(start).collect(),
+            rate_of_each: rate,
+        }
     }
 
     /// The number of packets a second that each may send.
-    pub(super) fn rate_of_each(&self, config: &GatewayConfig) -> u32 {
-        config.rate / u32::try_from(self.0.len()).unwrap_or(WORKERS).max(1)
+    pub(super) fn rate_of_each(&self) -> u32 {
+        self.rate_of_each
     }
 
     pub(super) fn free(&self) -> usize {
-        self.0.iter().filter(|worker| !worker.is_busy).count()
+        self.workers.iter().filter(|worker| !worker.is_busy).count()
     }
 
     /// Whether the last free one is left, of several.
     pub(super) fn is_last_free(&self) -> bool {
-        self.0.len() > 1 && self.free() == 1
+        self.workers.len() > 1 && self.free() == 1
     }
 
     pub(super) fn is_busy(&self) -> bool {
-        self.0.iter().any(|worker| worker.is_busy)
+        self.workers.iter().any(|worker| worker.is_busy)
     }
 
     /// Gives the connections of `run` to a free worker.
@@ -100,7 +106,7 @@ impl Workers {
     /// # Errors
     /// There is none.
     pub(super) fn give(&mut self, run: ForwardedRun) -> anyhow::Result<()> {
-        let free = self.0.iter_mut().find(|worker| !worker.is_busy);
+        let free = self.workers.iter_mut().find(|worker| !worker.is_busy);
         let worker = free.context("no thread is free")?;
         worker.is_busy = true;
         worker.jobs.send(run).ok().context("a thread has ended")
@@ -112,7 +118,7 @@ impl Workers {
     /// A thread has panicked.
     pub(super) fn done(&mut self) -> anyhow::Result<Vec<ForwardedRun>> {
         let mut runs = Vec::new();
-        for worker in self.0.iter_mut().filter(|worker| worker.is_busy) {
+        for worker in self.workers.iter_mut().filter(|worker| worker.is_busy) {
             match worker.done.try_recv() {
                 Ok(run) => {
                     worker.is_busy = false;

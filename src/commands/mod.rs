@@ -33,7 +33,7 @@ use nix::unistd::geteuid;
 use crate::audit::Audit;
 use crate::bpf::KernelTypes;
 use crate::cli::{Args, Cli, Command, GatewayArgs, Misplaced, better_error};
-use crate::config::{Action, GatewayConfig, LogOptions};
+use crate::config::{Action, Format, GatewayConfig, LogOptions};
 use crate::filter::selectors::Selectors;
 use crate::finder::way::{self, NotUsed, UseIterator};
 use crate::injector::way::ByIterator;
@@ -371,6 +371,40 @@ fn was_reported(
         say(format_args!("the work is done ({summary}), but {why}"));
     }
     Ok(missing.is_empty())
+}
+
+/// Ends the report of a watch with the sum of all rounds. Returns `status`, if the report and the log are complete. `ended`: whether the
+/// rows were written, or why the watch has ended early.
+///
+/// # Errors
+/// It has ended early, or a listing could not be written.
+fn report_watch_end(
+    ended: anyhow::Result<io::Result<()>>,
+    unrecorded: Option<String>,
+    summary: &str,
+    format: Format,
+    action: Action,
+    status: ExitStatus,
+) -> anyhow::Result<ExitStatus> {
+    let (written, failure) = match ended {
+        Ok(written) => (written, None),
+        Err(error) => (Ok(()), Some(error)),
+    };
+    let written = written.and_then(|()| match format {
+        Format::Table => write_out(|out| writeln!(out, "{summary}")),
+        Format::JsonLines => {
+            say(format_args!("{summary}"));
+            Ok(())
+        }
+        Format::Json | Format::Quiet => Ok(()),
+    });
+    let has_acted = (action == Action::Act).then_some(summary);
+    let reported = was_reported(written, unrecorded, has_acted)?;
+    match failure {
+        Some(error) => Err(error.context(format!("the watch has ended early ({summary})"))),
+        None if reported => Ok(status),
+        None => Ok(ExitStatus::Impossible),
+    }
 }
 
 #[cfg(test)]

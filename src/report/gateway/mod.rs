@@ -278,7 +278,7 @@ mod tests {
     }
 
     /// A run that has acted, with these outcomes.
-    fn acted(act: ForwardedAct, outcomes: &[ForwardedOutcome]) -> ForwardedRun {
+    pub(super) fn acted(act: ForwardedAct, outcomes: &[ForwardedOutcome]) -> ForwardedRun {
         let connection = |outcome: &ForwardedOutcome| {
             let mut connection = Forwarded::new(Entry::example("10.0.0.1:5", "10.0.0.2:80"), None);
             connection.outcome = Some(outcome.clone());

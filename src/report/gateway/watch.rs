@@ -159,26 +159,13 @@ impl Rows {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::config;
+    use super::super::tests::{acted, config};
     use super::*;
-    use crate::conntrack::Entry;
-    use crate::model::{Forwarded, ForwardedScan};
 
     fn run(outcomes: &[ForwardedOutcome]) -> ForwardedRun {
-        let connection = |outcome: &ForwardedOutcome| {
-            let mut connection = Forwarded::new(Entry::example("10.0.0.1:5", "10.0.0.2:80"), None);
-            connection.outcome = Some(outcome.clone());
-            connection
-        };
-        ForwardedRun {
-            scan: ForwardedScan {
-                connections: outcomes.iter().map(connection).collect(),
-                ends_here: 1,
-                ..ForwardedScan::default()
-            },
-            act: Some(ForwardedAct::Cut),
-            acted: true,
-        }
+        let mut run = acted(ForwardedAct::Cut, outcomes);
+        run.scan.ends_here = 1;
+        run
     }
 
     #[test]
