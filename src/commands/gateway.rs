@@ -43,25 +43,14 @@ pub(super) fn run(config: &GatewayConfig) -> anyhow::Result<ExitStatus> {
     };
     let mut log = log.filter(|_| !run.scan.connections.is_empty());
     if let (Some(act), true) = (config.act, acts) {
-        let mut network = LinkNetwork::open()
-            .context("nothing was done: cannot open a packet socket, which needs CAP_NET_RAW")?;
         // Before the intents are logged: each must get an outcome.
-        let mut table =
-            Conntrack::open().context("nothing was done: cannot open a socket to conntrack")?;
+        let mut sockets = Sockets::open()?;
         if let Some(log) = &mut log {
             let begun = terminal.aside(|| log.begin_gateway(&run));
             begun.context("nothing was done")?;
         }
         let pace = &mut Pace::new(config.rate);
-        act_on(
-            &mut run,
-            act,
-            config,
-            &mut table,
-            &mut network,
-            &terminal,
-            pace,
-        );
+        act_on(&mut run, act, config, &mut sockets, &terminal, pace);
     }
     terminal.release_signals();
     let summary = || report::summary(&run, config);
@@ -84,13 +73,32 @@ pub(super) fn run(config: &GatewayConfig) -> anyhow::Result<ExitStatus> {
     }
 }
 
+/// What an act needs.
+pub(super) struct Sockets {
+    pub table: Conntrack,
+    pub network: LinkNetwork,
+}
+
+impl Sockets {
+    /// # Errors
+    /// A socket cannot be opened.
+    pub(super) fn open() -> anyhow::Result<Self> {
+        Ok(Sockets {
+            network: LinkNetwork::open().context(
+                "nothing was done: cannot open a packet socket, which needs CAP_NET_RAW",
+            )?,
+            table: Conntrack::open()
+                .context("nothing was done: cannot open a socket to conntrack")?,
+        })
+    }
+}
+
 /// Asks and ends the connections.
 pub(super) fn act_on(
     run: &mut ForwardedRun,
     act: ForwardedAct,
     config: &GatewayConfig,
-    table: &mut Conntrack,
-    network: &mut LinkNetwork,
+    sockets: &mut Sockets,
     control: &dyn Control,
     pace: &mut Pace,
 ) {
@@ -105,8 +113,8 @@ pub(super) fn act_on(
     gateway::run(
         &mut run.scan.connections,
         &rules,
-        table,
-        network,
+        &mut sockets.table,
+        &mut sockets.network,
         control,
         pace,
     );

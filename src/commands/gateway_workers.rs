@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
-use super::gateway::act_on;
+use super::gateway::{Sockets, act_on};
 use crate::config::GatewayConfig;
-use crate::conntrack::Conntrack;
 use crate::control::Control;
 use crate::injector::gateway::{LinkNetwork, Pace};
 use crate::model::{ForwardedAct, Method};
@@ -23,26 +22,13 @@ const PATHS_LAST: Duration = Duration::from_secs(2);
 /// After Ctrl-C, what is in flight gets this long.
 const FINISH_WITHIN: Duration = Duration::from_secs(10);
 
-/// The sockets of a worker.
-pub(super) struct Sockets {
-    table: Conntrack,
-    network: LinkNetwork,
-}
-
 /// Opens the sockets of each worker. They share the rate, so there are not more of them than packets in a second.
 ///
 /// # Errors
 /// A socket cannot be opened.
 pub(super) fn open(config: &GatewayConfig) -> anyhow::Result<Vec<Sockets>> {
-    let open = |_| {
-        Ok(Sockets {
-            network: LinkNetwork::open().context(
-                "nothing was done: cannot open a packet socket, which needs CAP_NET_RAW",
-            )?,
-            table: Conntrack::open().context("nothing was done")?,
-        })
-    };
-    (0..config.rate.clamp(1, WORKERS)).map(open).collect()
+    let count = config.rate.clamp(1, WORKERS);
+    (0..count).map(|_| Sockets::open()).collect()
 }
 
 struct Worker {
@@ -133,7 +119,7 @@ impl Workers {
 }
 
 fn work(
-    sockets: Sockets,
+    mut sockets: Sockets,
     rate: u32,
     act: ForwardedAct,
     config: &GatewayConfig,
@@ -141,28 +127,16 @@ fn work(
     jobs: Receiver<ForwardedRun>,
     done: Sender<ForwardedRun>,
 ) {
-    let Sockets {
-        mut table,
-        mut network,
-    } = sockets;
     let mut pace = Pace::new(rate);
     let mut since = Instant::now();
     for mut run in jobs {
         if since.elapsed() >= PATHS_LAST
             && let Ok(new) = LinkNetwork::open()
         {
-            (network, since) = (new, Instant::now());
+            (sockets.network, since) = (new, Instant::now());
         }
         let control = Finishing::new(control);
-        act_on(
-            &mut run,
-            act,
-            config,
-            &mut table,
-            &mut network,
-            &control,
-            &mut pace,
-        );
+        act_on(&mut run, act, config, &mut sockets, &control, &mut pace);
         if done.send(run).is_err() {
             return;
         }

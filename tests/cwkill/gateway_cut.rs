@@ -265,7 +265,7 @@ fn a_neighbour_that_does_not_answer_is_said() -> Result<()> {
 }
 
 /// The segments that the TCP of a host has got.
-pub fn segments_in(host: &Host) -> Result<String> {
+fn segments_in(host: &Host) -> Result<String> {
     let snmp = ran(host.command("cat").arg("/proc/net/snmp"))?
         .exits(0)
         .stdout;
@@ -279,22 +279,30 @@ pub fn segments_in(host: &Host) -> Result<String> {
     Ok(value.to_owned())
 }
 
-fn a_dry_run_sends_nothing() -> Result<()> {
-    let gateway = Gateway::start(Family::V4, Nat::Masquerade)?;
-    let pairs = gateway.connect(2)?;
-    carries_data(&gateway, pairs[0])?;
+/// The segments that the TCP of the client and of the server have got.
+pub fn segments(gateway: &Gateway) -> Result<[String; 2]> {
     let hosts = [&gateway.lab.client, &gateway.lab.server];
-    let settled =
-        || -> Result<[String; 2]> { Ok([segments_in(hosts[0])?, segments_in(hosts[1])?]) };
-    // Until the last acknowledgement has come.
-    let mut before = settled()?;
+    Ok([segments_in(hosts[0])?, segments_in(hosts[1])?])
+}
+
+/// The same, as soon as the last acknowledgement has come.
+pub fn settled_segments(gateway: &Gateway) -> Result<[String; 2]> {
+    let mut before = segments(gateway)?;
     wait_for(PATIENCE, || {
         std::thread::sleep(Duration::from_millis(100));
-        let now = settled()?;
+        let now = segments(gateway)?;
         let is_same = now == before;
         before = now;
         Ok(is_same)
     })?;
+    Ok(before)
+}
+
+fn a_dry_run_sends_nothing() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::Masquerade)?;
+    let pairs = gateway.connect(2)?;
+    carries_data(&gateway, pairs[0])?;
+    let before = settled_segments(&gateway)?;
     for line in [
         "--cut --all --active -n",
         "--probe --all --dry-run",
@@ -314,7 +322,7 @@ fn a_dry_run_sends_nothing() -> Result<()> {
         1,
         "{ran:?}"
     );
-    assert_eq!(settled()?, before);
+    assert_eq!(segments(&gateway)?, before);
     assert_eq!(gateway.listed("")?.len(), 2);
     Ok(())
 }

@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdout, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use netns_harness::{Dial, Endpoint, Family, Fd, HostCommand, Nat, Recv, Side, wait_for};
@@ -12,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::gateway::Gateway;
-use crate::gateway_cut::{carries_data, connections, segments_in};
+use crate::gateway_cut::{carries_data, connections, segments, settled_segments};
 use crate::support::{CWKILL, PATIENCE, Ran, at, ran};
 use crate::trial::{Test, each_family, once};
 
@@ -243,23 +242,14 @@ fn a_dry_run_of_a_watch_sends_nothing() -> Result<()> {
     assert_eq!(at(&object, "/original/src/port"), port);
     carries_data(&gateway, first)?;
     carries_data(&gateway, second)?;
-    let hosts = [&gateway.lab.client, &gateway.lab.server];
-    let all = || -> Result<[String; 2]> { Ok([segments_in(hosts[0])?, segments_in(hosts[1])?]) };
-    let mut before = all()?;
-    wait_for(PATIENCE, || {
-        std::thread::sleep(Duration::from_millis(100));
-        let now = all()?;
-        let is_same = now == before;
-        before = now;
-        Ok(is_same)
-    })?;
+    let before = settled_segments(&gateway)?;
     let ran = watching.interrupted()?.exits(0);
     assert_eq!(ran.stdout, "", "each is shown once: {ran:?}");
     ran.complains("dry run, nothing was sent");
     gateway
         .gateway("--all --cut --watch -n --for 100ms")?
         .exits(0);
-    assert_eq!(all()?, before);
+    assert_eq!(segments(&gateway)?, before);
     Ok(())
 }
 
