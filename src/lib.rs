@@ -131,4 +131,6 @@ mod sys;
 pub mod tcp;
 mod terminal;
 mod text;
+#[cfg(feature = "trace")]
+mod trace;
 mod watch;

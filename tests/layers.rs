@@ -16,7 +16,7 @@ const LAYERS: [&[&str]; 12] = [
     &["filter"],
     &["privileges", "history", "finder"],
     &["injector", "reclaim", "drain"],
-    &["diagnose", "check", "watch", "doctor"],
+    &["diagnose", "check", "watch", "doctor", "trace"],
     &["cli", "config"],
     &["report", "audit"],
     &["daemon"],

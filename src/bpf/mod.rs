@@ -7,6 +7,8 @@
 
 pub mod descriptors;
 pub mod destroyer;
+#[cfg(feature = "trace")]
+pub mod tracer;
 
 use std::cell::OnceCell;
 

@@ -10,6 +10,7 @@ mod misplaced;
 mod option_errors;
 mod reclaim;
 mod selection;
+mod trace;
 pub(crate) mod values;
 
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ pub use misplaced::Misplaced;
 pub(crate) use option_errors::example_value;
 pub use reclaim::{ReclaimArgs, Reclaiming};
 pub use selection::{OwnerSelection, Selection};
+pub use trace::TraceArgs;
 pub use values::{List, flat};
 
 use crate::model::Method;
@@ -75,6 +77,11 @@ pub struct Cli {
 pub enum Command {
     /// Show who leaks, why, how fast, and what to do next; never acts
     Diagnose(DiagnoseArgs),
+    /// Show which line of code leaves sockets stuck; never acts
+    Trace(TraceArgs),
+    /// Reads the symbols of a traced process
+    #[command(hide = true)]
+    TraceSymbols { pid: i32 },
     /// Compare the stuck sockets with thresholds, as a monitoring plugin
     Check(CheckArgs),
     /// Check which methods work on this host and what to fix

@@ -16,6 +16,8 @@ mod gateway_workers;
 mod kept;
 mod patience;
 mod reclaim;
+#[cfg(feature = "trace")]
+mod trace;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
@@ -59,6 +61,7 @@ pub fn run(cli: Cli) -> ExitCode {
     let none_is_ok = match &cli.command {
         None => cli.args.output.ok_if_none,
         Some(Command::Diagnose(args)) => args.ok_if_none,
+        Some(Command::Trace(args)) => args.ok_if_none,
         Some(Command::Reclaim(args)) => args.output.ok_if_none,
         Some(Command::Gateway(args)) => args.output.ok_if_none,
         Some(_) => false,
@@ -67,6 +70,14 @@ pub fn run(cli: Cli) -> ExitCode {
     let ended = match cli.command {
         None => run_close(cli.args).map(code),
         Some(Command::Diagnose(args)) => diagnose::run(args).map(code),
+        #[cfg(feature = "trace")]
+        Some(Command::Trace(args)) => trace::run(args).map(code),
+        #[cfg(feature = "trace")]
+        Some(Command::TraceSymbols { pid }) => trace::read_symbols(pid).map(code),
+        #[cfg(not(feature = "trace"))]
+        Some(Command::Trace(_) | Command::TraceSymbols { .. }) => Err(anyhow!(
+            "this cwkill was built without `trace`: build it with --features trace"
+        )),
         Some(Command::Check(args)) => return check::run(args),
         Some(Command::Doctor(args)) => doctor::run(&args),
         Some(Command::Reclaim(args)) => reclaim::run(args).map(code),
@@ -322,6 +333,15 @@ fn used_or_note<T>(
 /// Drops all capabilities except those that are `needed`, then starts the worker threads. If dropping fails, cwkill goes on
 /// with more privileges than it needs. `proc`: may have an iterator, which needs a capability on old kernels.
 fn drop_capabilities_and_start_threads(needed: &CapsHashSet, proc: Option<&ProcFs>) {
+    hand_down_capabilities_and_start_threads(needed, &CapsHashSet::new(), proc);
+}
+
+/// The same, and the programs that cwkill starts get the capabilities `handed`.
+fn hand_down_capabilities_and_start_threads(
+    needed: &CapsHashSet,
+    handed: &CapsHashSet,
+    proc: Option<&ProcFs>,
+) {
     let mut needed = needed.clone();
     if let Some(proc) = proc.filter(|proc| proc.iterator().is_some()) {
         let kernel = KernelVersion::running();
@@ -330,7 +350,7 @@ fn drop_capabilities_and_start_threads(needed: &CapsHashSet, proc: Option<&ProcF
             proc.forbids_bpf_to_users(),
         ));
     }
-    if let Err(error) = capabilities::drop_all_but(&needed) {
+    if let Err(error) = capabilities::drop_and_hand_down(&needed, handed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));

@@ -79,6 +79,14 @@ pub fn to_reclaim() -> CapsHashSet {
 /// # Errors
 /// A seccomp filter refuses a step. The other steps are done all the same; the error is the first refusal.
 pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
+    drop_and_hand_down(needed, &CapsHashSet::new())
+}
+
+/// As [`drop_all_but`]. The programs that cwkill starts get those of `handed` that it has itself.
+///
+/// # Errors
+/// As [`drop_all_but`].
+pub fn drop_and_hand_down(needed: &CapsHashSet, handed: &CapsHashSet) -> anyhow::Result<()> {
     // It reads the bounding set once, which is cleared below.
     super::may_raise_hard_limits();
     let mut first_error = Ok(());
@@ -92,13 +100,17 @@ pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
     let drop_to = |set, keep: &CapsHashSet| {
         caps::set(None, set, keep).with_context(|| format!("cannot reduce the {set:?} set"))
     };
-    // This comes first because it needs CAP_SETPCAP. Without CAP_SETPCAP the set stays, and no_new_privs makes it harmless.
+    let handed = read(CapSet::Permitted).map(|held| held.intersection(handed).copied().collect());
+    let handed: CapsHashSet = handed.unwrap_or_default();
+    // What is not in the bounding set can no longer be made inheritable.
+    note(drop_to(CapSet::Inheritable, &handed));
+    // This needs CAP_SETPCAP. Without CAP_SETPCAP the set stays, and no_new_privs makes it harmless.
     if read(CapSet::Effective).is_ok_and(|set| set.contains(&Capability::CAP_SETPCAP)) {
         note(caps::clear(None, CapSet::Bounding).context("cannot clear the bounding set"));
     }
     // Kernels before 4.3 have no ambient set.
     if caps::runtime::ambient_set_supported().is_ok() {
-        note(caps::clear(None, CapSet::Ambient).context("cannot clear the ambient set"));
+        note(drop_to(CapSet::Ambient, &handed));
     }
     match read(CapSet::Permitted) {
         Ok(permitted) if permitted.contains(&Capability::CAP_SYS_PTRACE) => {
@@ -110,7 +122,6 @@ pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
         Ok(_) => {}
         Err(error) => note(Err(error)),
     }
-    note(drop_to(CapSet::Inheritable, &CapsHashSet::new()));
     first_error
 }
 

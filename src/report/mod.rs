@@ -18,6 +18,8 @@ pub mod reclaim;
 pub mod serialize;
 pub mod table;
 pub mod text;
+#[cfg(feature = "trace")]
+pub mod trace;
 
 #[cfg(test)]
 pub(crate) mod golden_tests;

@@ -19,9 +19,11 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use nix::time::{ClockId, clock_gettime};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 pub use duplicate::Duplicate;
@@ -39,6 +41,11 @@ pub fn os_error(errno: &Errno) -> io::Error {
         Errno::UnknownErrno => io::Error::other("unknown error"),
         errno => (*errno).into(),
     }
+}
+
+/// CLOCK_MONOTONIC.
+pub fn monotonic() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
 /// The number of a descriptor in the table of *another* process. It is not a descriptor of cwkill.

@@ -1,4 +1,4 @@
-//! A small assembler for BPF, as far as iterators need it.
+//! A small assembler for BPF, as far as the programs of cwkill need it.
 //!
 //! Each method appends one instruction, except where it says so. Loads take a [`Field`], so the kernel's own description of its types
 //! gives the offset and the size of every access.
@@ -51,17 +51,29 @@ fn width(size: Size) -> u8 {
 pub enum Helper {
     /// `bpf_map_lookup_elem(map, key)`: the address of the value, or NULL.
     MapLookup = 1,
+    /// `bpf_ktime_get_ns()`: CLOCK_MONOTONIC.
+    Now = 5,
+    /// `bpf_get_prandom_u32()`: a random number of 32 bits.
+    Random = 7,
+    /// `bpf_get_current_pid_tgid()`: the process in the upper half and the thread in the lower half, in the first pid namespace.
+    CurrentPid = 14,
     /// `bpf_get_socket_cookie(sk)`: the socket's cookie. It gets one now if it had none.
     SocketCookie = 46,
+    /// `bpf_sk_storage_get(map, sk, value, flags)`: the address of what the socket has in the map, or NULL.
+    SocketStorage = 107,
+    /// `bpf_probe_read_user(dst, size, address)`: 0, or an error if not all of it can be read without waiting for it.
+    ReadUser = 112,
     /// `bpf_seq_write(seq, data, len)`: 0, or an error if the buffer of the reader is full. The kernel then shows the program the same
     /// object again at the next read(2).
     SeqWrite = 127,
     /// `bpf_skc_to_tcp_sock(sk)`: the same socket as a `struct tcp_sock`, or NULL if it is no full socket.
     ToTcpSock = 137,
-    /// `bpf_get_current_task_btf()`: the thread that reads the iterator.
+    /// `bpf_get_current_task_btf()`: the current thread. For an iterator, the one that reads it.
     CurrentTask = 158,
     /// `bpf_sock_from_file(file)`: the socket of a file, or NULL.
     SockFromFile = 162,
+    /// `bpf_task_pt_regs(task)`: the registers that the thread had when it entered the kernel.
+    TaskRegisters = 175,
 }
 
 /// A place in a program to which instructions before it jump.
@@ -102,8 +114,9 @@ const JUMP_IF_GREATER: u8 = 0x2d;
 const JUMP_IF_NOT_EQUAL: u8 = 0x5d;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
-/// The immediate of ATOMIC (BPF_CMPXCHG).
+/// The immediates of ATOMIC (BPF_CMPXCHG, BPF_ADD).
 const COMPARE_AND_EXCHANGE: i32 = 0xf1;
+const ATOMIC_ADD: i32 = 0;
 /// The source of a 64-bit load that stands for the map with this descriptor (BPF_PSEUDO_MAP_FD).
 const OF_MAP: u8 = 1;
 /// The source of a call of a function of the kernel that is not a helper (BPF_PSEUDO_KFUNC_CALL).
@@ -163,6 +176,11 @@ impl Asm {
         self.push(code, dst, src as u8, 0, 0)
     }
 
+    /// `dst &= mask`
+    pub fn mask(&mut self, dst: Register, mask: i32) -> &mut Self {
+        self.push(AND_IMMEDIATE, dst, 0, 0, mask)
+    }
+
     /// `dst &= src`
     pub fn and(&mut self, dst: Register, src: Register) -> &mut Self {
         self.push(AND, dst, src as u8, 0, 0)
@@ -170,7 +188,7 @@ impl Asm {
 
     /// `dst = 1 << src`, for a `src` below 64. Two instructions, with a third that tells the verifier so.
     pub fn bit(&mut self, dst: Register, src: Register) -> &mut Self {
-        self.push(AND_IMMEDIATE, src, 0, 0, 63)
+        self.mask(src, 63)
             .set(dst, 1)
             .push(SHIFT_LEFT, dst, src as u8, 0, 0)
     }
@@ -230,6 +248,11 @@ impl Asm {
     /// At one instant: `old = *dst; if (old == R0) *dst = new; R0 = old`, of 64 bits.
     pub fn compare_and_exchange(&mut self, dst: Register, new: Register) -> &mut Self {
         self.push(ATOMIC, dst, new as u8, 0, COMPARE_AND_EXCHANGE)
+    }
+
+    /// At one instant: `*dst += src`, of 64 bits.
+    pub fn add_at_once(&mut self, dst: Register, src: Register) -> &mut Self {
+        self.push(ATOMIC, dst, src as u8, 0, ATOMIC_ADD)
     }
 
     /// Calls a helper, with what R1 to R5 hold.
@@ -292,7 +315,8 @@ impl Asm {
         self.push(code, register, src, 0, value)
     }
 
-    /// `return 0`. Two instructions. An iterator program returns 0 to go on with the next object.
+    /// `return 0`. Two instructions. An iterator program returns 0 to go on with the next object, and every other program of cwkill
+    /// returns 0, too.
     pub fn go_on(&mut self) -> &mut Self {
         self.set(R0, 0).push(EXIT, R0, 0, 0, 0)
     }
@@ -403,11 +427,15 @@ mod tests {
         let mut asm = Asm::default();
         asm.shift_left(R1, 32) // r1 <<= 32
             .store_at(R2, 8, Size::U64, R1) // *(u64 *)(r2 + 8) = r1
-            .compare_and_exchange(R6, R1); // r0 = cmpxchg_64(r6 + 0, r0, r1)
+            .compare_and_exchange(R6, R1) // r0 = cmpxchg_64(r6 + 0, r0, r1)
+            .add_at_once(R6, R1) // lock *(u64 *)(r6 + 0) += r1
+            .mask(R1, 7); // r1 &= 7
         let codes = [
             (0x67, 0x01, 0, 32),
             (0x7b, 0x12, 8, 0),
             (0xdb, 0x16, 0, 0xf1),
+            (0xdb, 0x16, 0, 0),
+            (0x57, 0x01, 0, 7),
         ];
         assert_eq!(code(asm), codes);
     }

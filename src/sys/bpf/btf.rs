@@ -31,12 +31,14 @@ impl fmt::Debug for Btf {
 pub enum Name {
     Struct(&'static str),
     Function(&'static str),
+    /// A tracepoint: the type `btf_trace_NAME`.
+    Tracepoint(&'static str),
 }
 
 impl Name {
     fn text(self) -> &'static str {
         match self {
-            Name::Struct(text) | Name::Function(text) => text,
+            Name::Struct(text) | Name::Function(text) | Name::Tracepoint(text) => text,
         }
     }
 
@@ -44,6 +46,15 @@ impl Name {
         match self {
             Name::Struct(_) => STRUCT,
             Name::Function(_) => FUNCTION,
+            Name::Tracepoint(_) => TYPEDEF,
+        }
+    }
+
+    /// What stands before the name in the kernel's types.
+    fn prefix(self) -> &'static str {
+        match self {
+            Name::Tracepoint(_) => "btf_trace_",
+            Name::Struct(_) | Name::Function(_) => "",
         }
     }
 }
@@ -125,7 +136,9 @@ const ARRAY: u32 = 3;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 const ENUM: u32 = 6;
+const TYPEDEF: u32 = 8;
 const FUNCTION: u32 = 12;
+const PROTOTYPE: u32 = 13;
 const ENUM64: u32 = 19;
 
 /// Typedefs, qualifiers and tags lead to the type that they stand for. More of them in a row than this are a loop.
@@ -184,8 +197,8 @@ impl Btf {
             let info = u32_at(&self.bytes, at + 4)?;
             let (kind, count) = (kind(info), count(info));
             let id = u32::try_from(self.types.len()).map_err(|_| CUT)?;
-            if kind == STRUCT || kind == FUNCTION {
-                let is_it = |it: &&Name| it.kind() == kind && self.is_named(name, it.text());
+            if kind == STRUCT || kind == FUNCTION || kind == TYPEDEF {
+                let is_it = |it: &&Name| it.kind() == kind && self.is_called(name, **it);
                 if let Some(found) = names.iter().find(is_it)
                     && self.named.iter().all(|(known, _)| known != found)
                 {
@@ -201,7 +214,7 @@ impl Btf {
                     // A section of data.
                     STRUCT | UNION | 15 | ENUM64 => 12 * count,
                     // The parameters of a function.
-                    ENUM | 13 => 8 * count,
+                    ENUM | PROTOTYPE => 8 * count,
                     // A forward declaration, a typedef, a qualifier, a floating-point number, a tag of a type.
                     POINTER | 7..=11 | FUNCTION | 16 | 18 => 0,
                     _ => return Err(BtfError::Malformed("a type of an unknown kind")),
@@ -230,12 +243,34 @@ impl Btf {
         self.id(Name::Function(name))
     }
 
+    /// The number of parameters of the function with this name, which [`Btf::of_kernel`] was told.
+    ///
+    /// # Errors
+    /// [`BtfError::NotHere`], [`BtfError::Malformed`].
+    pub fn parameters(&self, name: &'static str) -> Result<usize, BtfError> {
+        let function = self.type_at(self.function(name)?)?;
+        let prototype = self.type_at(function.size_or_type)?;
+        match prototype.kind {
+            PROTOTYPE => Ok(prototype.count),
+            _ => Err(BtfError::Malformed("a function without parameters")),
+        }
+    }
+
+    /// The number of the tracepoint with this name, which [`Btf::of_kernel`] was told.
+    ///
+    /// # Errors
+    /// [`BtfError::NotHere`].
+    pub fn tracepoint(&self, name: &'static str) -> Result<u32, BtfError> {
+        self.id(Name::Tracepoint(name))
+    }
+
     fn id(&self, name: Name) -> Result<u32, BtfError> {
         let found = self.named.iter().find(|(known, _)| *known == name);
         found.map(|(_, id)| *id).ok_or_else(|| {
             BtfError::NotHere(match name {
                 Name::Struct(text) => format!("struct {text}"),
                 Name::Function(text) => format!("function {text}"),
+                Name::Tracepoint(text) => format!("tracepoint {text}"),
             })
         })
     }
@@ -398,7 +433,16 @@ impl Btf {
     fn is_named(&self, offset: u32, text: &str) -> bool {
         let names = &self.bytes[self.strings.clone()];
         let name = names.get(offset as usize..).unwrap_or_default();
-        name.starts_with(text.as_bytes()) && name.get(text.len()) == Some(&0)
+        is_whole(name, text)
+    }
+
+    /// Whether this is the whole name at this offset.
+    fn is_called(&self, offset: u32, name: Name) -> bool {
+        let prefix = name.prefix();
+        let names = &self.bytes[self.strings.clone()];
+        let found = names.get(offset as usize..).unwrap_or_default();
+        let rest = found.strip_prefix(prefix.as_bytes()).unwrap_or_default();
+        is_whole(rest, name.text())
     }
 
     /// The name at this offset, for messages.
@@ -447,19 +491,58 @@ impl<'b> Struct<'b> {
         }
     }
 
+    /// The field at `path`, a pointer to anything, as a number.
+    ///
+    /// # Errors
+    /// [`BtfError::NotHere`]: there is no such pointer.
+    pub fn any_pointer(self, path: &str) -> Result<Field, BtfError> {
+        let member = self.member(path)?;
+        let (_, found) = self.btf.plain(member.type_id)?;
+        match found.kind == POINTER && !member.is_bit_field {
+            true => Ok(Field {
+                offset: self.offset(&member, path, 8)?,
+                size: Size::U64,
+            }),
+            false => Err(self.not_here(path, ", a pointer")),
+        }
+    }
+
     /// The field at `path`, an array of bytes.
     ///
     /// # Errors
     /// [`BtfError::NotHere`]: there is no such array.
     pub fn chars(self, path: &str) -> Result<Array, BtfError> {
+        self.numbers(path, Size::U8)
+    }
+
+    /// The element with this index of the array of numbers at `path`.
+    ///
+    /// # Errors
+    /// [`BtfError::NotHere`]: there is no such element.
+    pub fn element(self, path: &str, index: u32, size: Size) -> Result<Field, BtfError> {
+        let array = self.numbers(path, size)?;
+        let skipped = index.checked_mul(size.bytes());
+        let skipped = skipped.and_then(|skipped| i16::try_from(skipped).ok());
+        let offset = skipped.and_then(|skipped| array.offset.checked_add(skipped));
+        match offset.filter(|_| index < array.len) {
+            Some(offset) => Ok(Field { offset, size }),
+            None => Err(self.not_here(path, &format!(" with {} elements", index + 1))),
+        }
+    }
+
+    fn numbers(self, path: &str, size: Size) -> Result<Array, BtfError> {
         let (member, element, len) = self.array(path)?;
         let (_, element) = self.btf.plain(element)?;
-        match element.kind == INT && element.size_or_type == 1 {
+        match element.kind == INT && element.size_or_type == size.bytes() {
             true => Ok(Array {
-                offset: self.offset(&member, path, 1)?,
+                offset: self.offset(&member, path, size.bytes())?,
                 len,
             }),
-            false => Err(self.not_here(path, ", an array of bytes")),
+            false if size == Size::U8 => Err(self.not_here(path, ", an array of bytes")),
+            false => {
+                let bytes = size.bytes();
+                Err(self.not_here(path, &format!(", an array of numbers of {bytes} bytes")))
+            }
         }
     }
 
@@ -567,6 +650,11 @@ struct Member {
 }
 
 const CUT: BtfError = BtfError::Malformed("they are incomplete");
+
+/// Whether the string that begins here is `text`.
+fn is_whole(string: &[u8], text: &str) -> bool {
+    string.starts_with(text.as_bytes()) && string.get(text.len()) == Some(&0)
+}
 
 fn kind(info: u32) -> u32 {
     info >> 24 & 0x1f

@@ -23,13 +23,22 @@ const MMAPABLE: u32 = 1 << 10;
 
 #[repr(C)]
 #[derive(Default)]
-struct MapAttr {
-    map_type: u32,
-    key_size: u32,
-    value_size: u32,
-    max_entries: u32,
-    map_flags: u32,
+pub(super) struct MapAttr {
+    pub map_type: u32,
+    pub key_size: u32,
+    pub value_size: u32,
+    pub max_entries: u32,
+    pub map_flags: u32,
+    pub inner_map_fd: u32,
+    pub numa_node: u32,
+    pub map_name: [u8; 16],
+    pub map_ifindex: u32,
+    pub btf_fd: u32,
+    pub btf_key_type_id: u32,
+    pub btf_value_type_id: u32,
 }
+
+const _: () = assert!(mem::offset_of!(MapAttr, btf_value_type_id) == 56);
 
 #[repr(C)]
 #[derive(Default)]
@@ -70,7 +79,7 @@ impl Variable {
             key_size: 4,
             value_size: 8,
             max_entries: 1,
-            map_flags: 0,
+            ..MapAttr::default()
         })
         .map(Variable)
     }
@@ -110,20 +119,30 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    /// `count` numbers, all 0.
+    /// `count` numbers, all 0. Each is an element of the map.
     ///
     /// # Errors
     /// [`BpfError::Refused`].
     pub fn new(count: usize) -> Result<Self, BpfError> {
+        Self::groups(count, 1)
+    }
+
+    /// `count` elements, each with as many numbers as `of`, all 0.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`].
+    pub fn groups(count: usize, of: usize) -> Result<Self, BpfError> {
         let map = create(&mut MapAttr {
             map_type: ARRAY,
             key_size: 4,
-            value_size: 8,
+            value_size: length(8 * of),
             max_entries: length(count),
             map_flags: MMAPABLE,
+            ..MapAttr::default()
         })?;
+        let count = count * of;
         // SAFETY: no address is asked for, so no other memory of cwkill changes. The kernel keeps the numbers one after the other from the
-        // start of the map (kernel/bpf/arraymap.c, array_map_mmap).
+        // start of the map (kernel/bpf/arraymap.c, array_map_mmap), since the size of an element is a multiple of 8.
         let mapped = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -180,6 +199,7 @@ impl<const N: usize> Table<N> {
             max_entries: capacity,
             // Memory for all entries at once would take many milliseconds.
             map_flags: NO_PREALLOC,
+            ..MapAttr::default()
         })
         .map(Table)
     }
@@ -220,6 +240,6 @@ impl<const N: usize> Table<N> {
     }
 }
 
-fn create(attr: &mut MapAttr) -> Result<OwnedFd, BpfError> {
+pub(super) fn create(attr: &mut MapAttr) -> Result<OwnedFd, BpfError> {
     bpf_fd(MAP_CREATE, attr).map_err(|error| BpfError::Refused("a map", error))
 }

@@ -1,4 +1,4 @@
-//! bpf(2): iterators, programs that the kernel runs for each of its objects of a kind.
+//! bpf(2): iterators, programs that the kernel runs for each of its objects of a kind, and programs that it runs at its tracepoints.
 //!
 //! cwkill writes its few programs itself ([`Asm`]), with the offsets of the running kernel ([`Btf`]). So it needs no compiler, no object file
 //! and no library of C. `crate::bpf` has the programs.
@@ -6,6 +6,9 @@
 mod asm;
 mod btf;
 mod maps;
+mod program;
+mod storage;
+mod tracepoint;
 mod walker;
 
 use std::fs::File;
@@ -16,12 +19,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 
 use super::errno_of;
-pub use asm::{Asm, Helper, Insn, Register};
-pub use btf::{Btf, BtfError, Name, Size};
+pub use asm::{Asm, Helper, Insn, Label, Register};
+pub use btf::{Btf, BtfError, Field, Name, Size};
 pub use maps::{Shared, Table, Variable};
+pub use storage::SocketStorage;
+pub use tracepoint::{Hook, Tracepoint};
 pub use walker::Walker;
 
-/// Why an iterator cannot be used.
+/// Why a program cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BpfError {
     #[error(transparent)]
@@ -31,7 +36,7 @@ pub enum BpfError {
     #[error("bpf(2) refuses {0}")]
     Refused(&'static str, #[source] io::Error),
     /// The kernel's verifier does not accept the program. This is what it says.
-    #[error("the kernel's verifier refuses the program: {}", reason(log))]
+    #[error("the kernel's verifier refuses the program: {}", program::reason(log))]
     Verifier {
         log: String,
         #[source]
@@ -60,45 +65,14 @@ impl BpfError {
 const MAP_CREATE: i32 = 0;
 const MAP_UPDATE_ELEM: i32 = 2;
 const PROG_LOAD: i32 = 5;
+const RAW_TRACEPOINT_OPEN: i32 = 17;
+const BTF_LOAD: i32 = 18;
 const MAP_UPDATE_BATCH: i32 = 26;
 const MAP_DELETE_BATCH: i32 = 27;
 const LINK_CREATE: i32 = 28;
 const ITER_CREATE: i32 = 33;
 
-/// BPF_PROG_TYPE_TRACING
-const TRACING: u32 = 26;
-/// BPF_TRACE_ITER
-const TRACE_ITER: u32 = 28;
-
-/// The license of the programs. Some helpers are only for programs that are compatible with the GPL.
-const LICENSE: &std::ffi::CStr = c"Dual MIT/GPL";
-
-/// The prefixes of `union bpf_attr` that the commands use. They have no padding, so the kernel sees zeros behind them.
-#[repr(C)]
-#[derive(Default)]
-struct ProgramAttr {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-    kern_version: u32,
-    prog_flags: u32,
-    prog_name: [u8; 16],
-    prog_ifindex: u32,
-    expected_attach_type: u32,
-    prog_btf_fd: u32,
-    func_info_rec_size: u32,
-    func_info: u64,
-    func_info_cnt: u32,
-    line_info_rec_size: u32,
-    line_info: u64,
-    line_info_cnt: u32,
-    attach_btf_id: u32,
-}
-
+/// A prefix of `union bpf_attr`, as in the other files here. None has padding, so the kernel sees zeros behind it.
 #[repr(C)]
 #[derive(Default)]
 struct LinkAttr {
@@ -106,6 +80,10 @@ struct LinkAttr {
     target_fd: u32,
     attach_type: u32,
     flags: u32,
+    /// What is iterated over, if that is not all objects of a kind.
+    iter_info: u64,
+    iter_info_len: u32,
+    padding: u32,
 }
 
 #[repr(C)]
@@ -115,12 +93,12 @@ struct IteratorAttr {
     flags: u32,
 }
 
-const _: () = assert!(mem::offset_of!(ProgramAttr, attach_btf_id) == 108);
+const _: () = assert!(mem::offset_of!(LinkAttr, iter_info) == 16);
 
 /// Calls bpf(2).
 ///
 /// Every pointer in `attr` must refer to memory that lives during the call and is as long as `attr` says, writable for `log_buf`. The
-/// callers are all in this file and in `maps`.
+/// callers are all in this folder.
 fn bpf<A>(command: i32, attr: &mut A) -> io::Result<i32> {
     // SAFETY: `attr` is live and writable, and the size is its own. It is one of the structs above, prefixes of `union bpf_attr` for
     // `command` with the pointers that the callers have put in; those live on the callers' stacks or heaps during the call.
@@ -156,9 +134,6 @@ pub struct Iterator {
     link: OwnedFd,
 }
 
-/// The size of the verifier's log. It keeps the end of a longer one.
-const LOG: usize = 1 << 16;
-
 impl Iterator {
     /// Loads a program that the kernel runs for each object of an iterator. `name` has at most 15 letters. `target`: the number of the
     /// function that stands for the iterator, `bpf_iter_NAME`.
@@ -166,35 +141,36 @@ impl Iterator {
     /// # Errors
     /// [`BpfError::Refused`], or [`BpfError::Verifier`] with what the verifier says.
     pub fn load(name: &str, program: &[Insn], target: u32) -> Result<Self, BpfError> {
-        let mut prog_name = [0; 16];
-        prog_name[..name.len()].copy_from_slice(name.as_bytes());
-        let mut attr = ProgramAttr {
-            prog_type: TRACING,
-            insn_cnt: length(program.len()),
-            insns: address(program.as_ptr()),
-            license: address(LICENSE.as_ptr()),
-            prog_name,
-            expected_attach_type: TRACE_ITER,
-            attach_btf_id: target,
-            ..ProgramAttr::default()
-        };
-        let loaded = bpf_fd(PROG_LOAD, &mut attr).map_err(|error| {
-            // The log costs time, so the kernel writes it only for a second attempt.
-            let mut log = vec![0_u8; LOG];
-            (attr.log_level, attr.log_size) = (1, length(log.len()));
-            attr.log_buf = address(log.as_mut_ptr());
-            match bpf_fd(PROG_LOAD, &mut attr) {
-                Err(_) if log[0] != 0 => {
-                    let end = log.iter().position(|&byte| byte == 0).unwrap_or(LOG);
-                    let log = String::from_utf8_lossy(&log[..end]).trim_end().to_owned();
-                    BpfError::Verifier { log, error }
-                }
-                _ => BpfError::Refused("to load a program", error),
-            }
-        })?;
+        Self::link(name, program, target, None)
+    }
+
+    /// As [`Iterator::load`], for an iterator over the sockets that have something in this storage.
+    ///
+    /// # Errors
+    /// As [`Iterator::load`].
+    pub fn load_over(
+        name: &str,
+        program: &[Insn],
+        target: u32,
+        storage: &SocketStorage,
+    ) -> Result<Self, BpfError> {
+        Self::link(name, program, target, Some(storage.fd()))
+    }
+
+    fn link(
+        name: &str,
+        program: &[Insn],
+        target: u32,
+        map: Option<RawFd>,
+    ) -> Result<Self, BpfError> {
+        let loaded = program::load(name, program, program::Kind::ITERATOR, target)?;
+        // union bpf_iter_link_info, with the map alone.
+        let map = map.map(number);
         let mut attr = LinkAttr {
             prog_fd: number(loaded.as_raw_fd()),
-            attach_type: TRACE_ITER,
+            attach_type: program::Kind::ITERATOR.attach_type,
+            iter_info: map.as_ref().map_or(0, |map| address(map)),
+            iter_info_len: map.map_or(0, |map| length(mem::size_of_val(&map))),
             ..LinkAttr::default()
         };
         let link = bpf_fd(LINK_CREATE, &mut attr);
@@ -231,14 +207,6 @@ impl Iterator {
         bpf_fd(ITER_CREATE, &mut attr)
             .map_err(|error| BpfError::Refused("to begin an iterator", error))
     }
-}
-
-/// The line of the verifier's log that gives the reason: the last one but for the statistics.
-fn reason(log: &str) -> &str {
-    let mut lines = log.lines().rev();
-    lines
-        .find(|line| !line.starts_with("processed ") && !line.is_empty())
-        .unwrap_or("it does not say why")
 }
 
 /// The kernel answers EAGAIN after a million objects for which the program has written nothing (kernel/bpf/bpf_iter.c,
@@ -338,13 +306,6 @@ mod tests {
         let pauses = (0..=MAX_PAUSES).map(|_| Err(io::ErrorKind::WouldBlock.into()));
         let (_, result) = read(pauses.collect(), 9);
         assert_eq!(result.unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    }
-
-    #[test]
-    fn the_reason_of_the_verifier_stands_before_its_statistics() {
-        let log = "44: (79) r1 = *(u64 *)(r9 +1824)\nR9 invalid mem access 'ptr_or_null_'\nprocessed 32 insns (limit 1000000)";
-        assert_eq!(reason(log), "R9 invalid mem access 'ptr_or_null_'");
-        assert_eq!(reason("processed 1 insns"), "it does not say why");
     }
 
     #[test]

@@ -1,0 +1,275 @@
+//! What happens to TCP sockets while cwkill traces them: who opened them, when the peer closed them, and who read the end of the stream.
+//!
+//! The kernel runs the programs (`programs`) at its tracepoints. They keep the times of each socket in memory that goes with the socket, and
+//! put registers and the top of the stack of the thread that opens a socket or reads its end into one of a fixed number of slots (`slots`). A
+//! socket that leaves CLOSE-WAIT frees its slot again. So a connection that ends costs a copy and nothing more, and what stays for a
+//! moment is worth a look.
+//!
+//! They run in the process that made the system call, or in an interrupt, for all processes of the host. Nothing stays in the kernel when
+//! cwkill has ended, however it ends.
+
+mod programs;
+mod slots;
+
+use std::time::Duration;
+
+use super::BpfError;
+use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint};
+pub use slots::Sample;
+use slots::{OPENED, READS, SLOT, Slots};
+
+/// The attached programs and their memory.
+#[derive(Debug)]
+pub struct Tracer {
+    _attached: Vec<Tracepoint>,
+    iterator: Iterator,
+    slots: Slots,
+    counters: Shared,
+    no_accepts: Option<BpfError>,
+}
+
+/// The maps that the programs use.
+#[derive(Debug)]
+struct Maps {
+    lives: SocketStorage<LIFE>,
+    slots: Shared,
+    counters: Shared,
+}
+
+/// What is known of a socket in CLOSE-WAIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Life {
+    pub cookie: u64,
+    /// When the peer's FIN came; `None` if that was before the trace. All times are CLOCK_MONOTONIC.
+    pub stuck_since: Option<Duration>,
+    /// Who read the end of the stream first, if somebody did during the trace.
+    pub read: Option<Call>,
+    /// Who made or accepted the connection, if that was during the trace.
+    pub opened: Option<(Opened, Call)>,
+}
+
+/// A system call of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub pid: i32,
+    pub tid: i32,
+    pub at: Duration,
+}
+
+/// How a connection was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opened {
+    Connected,
+    Accepted,
+}
+
+/// What the programs have counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Ends that were read.
+    pub reads: u64,
+    /// Those of which no slot was free.
+    pub reads_without_slot: u64,
+    /// Connections that were opened.
+    pub opened: u64,
+    /// Connections that the peer has closed.
+    pub closed_by_peer: u64,
+}
+
+/// The numbers that belong to a socket, by their places.
+const LIFE: usize = 8;
+const COOKIE: usize = 0;
+const STUCK_SINCE: usize = 1;
+const READ_AT: usize = 2;
+const READ_BY: usize = 3;
+/// The number of its slot for the read, and 1; 0 if it has none.
+const READ_SLOT: usize = 4;
+const OPENED_AT: usize = 5;
+const OPENED_BY: usize = 6;
+const OPENED_HOW: usize = 7;
+
+/// The values of OPENED_HOW.
+const CONNECTED: i32 = 1;
+const ACCEPTED: i32 = 2;
+
+// The counters, by their places.
+const READ_COUNT: usize = 0;
+const NO_SLOT_COUNT: usize = 1;
+const OPENED_COUNT: usize = 2;
+const CLOSED_COUNT: usize = 3;
+/// A connection that is opened is sampled if a random number has none of these bits.
+const OPENED_MASK: usize = 4;
+const COUNTERS: usize = 5;
+
+const NAMES: [Name; 10] = [
+    Name::Tracepoint("inet_sock_set_state"),
+    Name::Tracepoint("sock_recv_length"),
+    Name::Function("bpf_iter_bpf_sk_storage_map"),
+    Name::Function("bpf_lsm_sock_graft"),
+    Name::Function("inet_csk_accept"),
+    Name::Struct("bpf_iter__bpf_sk_storage_map"),
+    Name::Struct("bpf_iter_meta"),
+    Name::Struct("sock"),
+    Name::Struct("task_struct"),
+    Name::Struct("pt_regs"),
+];
+
+impl Tracer {
+    /// Loads the programs and attaches them. It needs CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN; nothing else here does.
+    ///
+    /// # Errors
+    /// The kernel lacks something that the programs need (Linux 6.3), or refuses them. That a kernel cannot tell of accepted connections is
+    /// no error: see [`Tracer::detach`].
+    pub fn attach() -> Result<Self, BpfError> {
+        let maps = Maps {
+            lives: SocketStorage::new()?,
+            slots: Shared::groups(READS + OPENED, SLOT)?,
+            counters: Shared::groups(1, COUNTERS)?,
+        };
+        let btf = &Btf::of_kernel(&NAMES)?;
+        let (program, target) = programs::report(btf)?;
+        let iterator = Iterator::load_over("cwkill_lives", &program, target, &maps.lives)?;
+        let (program, target) = programs::set_state(btf, &maps)?;
+        let hook = Hook::Tracepoint(target);
+        let state = Tracepoint::attach("cwkill_state", &program, hook)?;
+        let (program, target) = programs::read_end(btf, &maps)?;
+        let hook = Hook::Tracepoint(target);
+        let read = Tracepoint::attach("cwkill_end", &program, hook)?;
+        let mut attached = vec![state, read];
+        let no_accepts = match attach_accept(btf, &maps) {
+            Ok(link) => {
+                attached.push(link);
+                None
+            }
+            Err(error) => Some(error),
+        };
+        let Maps {
+            slots, counters, ..
+        } = maps;
+        Ok(Tracer {
+            _attached: attached,
+            iterator,
+            slots: Slots::new(slots),
+            counters,
+            no_accepts,
+        })
+    }
+
+    /// Detaches the programs. Returns why accepted connections were not seen, if they were not.
+    pub fn detach(self) -> Option<BpfError> {
+        self.no_accepts
+    }
+
+    /// Takes the samples that are at least so old out of their slots. `each` also gets those of sockets that were opened, however old.
+    pub fn take(&self, age: Duration, each: impl FnMut(Sample)) {
+        self.slots.take(age, each);
+    }
+
+    /// Samples one of `of` connections that are opened from now on; `of` is rounded up to a power of two.
+    pub fn sample_opened(&self, of: u32) {
+        let mask = of.next_power_of_two() - 1;
+        let numbers = self.counters.numbers();
+        numbers[OPENED_MASK].store(mask.into(), std::sync::atomic::Ordering::Relaxed);
+    }
+
+    pub fn counts(&self) -> Counts {
+        let number = |index: usize| {
+            let numbers = self.counters.numbers();
+            numbers[index].load(std::sync::atomic::Ordering::Relaxed)
+        };
+        Counts {
+            reads: number(READ_COUNT),
+            reads_without_slot: number(NO_SLOT_COUNT),
+            opened: number(OPENED_COUNT),
+            closed_by_peer: number(CLOSED_COUNT),
+        }
+    }
+
+    /// What is known of the sockets that are in CLOSE-WAIT now, in every network namespace.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`], [`BpfError::Read`].
+    pub fn lives(&self) -> Result<Vec<Life>, BpfError> {
+        let mut lives = Vec::new();
+        self.iterator.run(|records| {
+            lives.extend(records.iter().map(parse));
+            true
+        })?;
+        Ok(lives)
+    }
+}
+
+/// Attaches the program for accepted connections: at the hook of security modules, if the kernel has the LSM `bpf`, or at the return of a
+/// function.
+fn attach_accept(btf: &Btf, maps: &Maps) -> Result<Tracepoint, BpfError> {
+    const PROGRAM: &str = "cwkill_accept";
+    let by_hook = || {
+        let (program, target) = programs::security_hook(btf, maps)?;
+        Tracepoint::attach(PROGRAM, &program, Hook::Security(target))
+    };
+    by_hook().or_else(|_: BpfError| {
+        let (program, target) = programs::accept_return(btf, maps)?;
+        Tracepoint::attach(PROGRAM, &program, Hook::Return(target))
+    })
+}
+
+fn parse(record: &[u8; 8 * LIFE]) -> Life {
+    let number = |place: usize| {
+        let bytes = record[8 * place..].first_chunk().expect("a place in it");
+        u64::from_ne_bytes(*bytes)
+    };
+    let time = |place| (number(place) != 0).then(|| Duration::from_nanos(number(place)));
+    let call = |at, by| {
+        time(at).map(|at| {
+            let (pid, tid) = pid_and_tid(number(by));
+            Call { pid, tid, at }
+        })
+    };
+    let how = match number(OPENED_HOW) == u64::from(ACCEPTED.unsigned_abs()) {
+        true => Opened::Accepted,
+        false => Opened::Connected,
+    };
+    Life {
+        cookie: number(COOKIE),
+        stuck_since: time(STUCK_SINCE),
+        read: call(READ_AT, READ_BY),
+        opened: call(OPENED_AT, OPENED_BY).map(|call| (how, call)),
+    }
+}
+
+/// The parts of what `bpf_get_current_pid_tgid` returns.
+fn pid_and_tid(both: u64) -> (i32, i32) {
+    let half = |bits: u64| i32::try_from(bits & 0x7fff_ffff).expect("31 bits");
+    (half(both >> 32), half(both))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_has_its_parts_where_the_programs_put_them() {
+        let mut words = [0_u64; LIFE];
+        words[COOKIE] = 77;
+        words[STUCK_SINCE] = 5_000_000_000;
+        words[OPENED_AT] = 1_000_000_000;
+        words[OPENED_BY] = 4711 << 32 | 4712;
+        words[OPENED_HOW] = 2;
+        let mut record = [0; 8 * LIFE];
+        for (place, word) in record.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *place = word.to_ne_bytes();
+        }
+        let opened = Call {
+            pid: 4711,
+            tid: 4712,
+            at: Duration::from_secs(1),
+        };
+        let life = Life {
+            cookie: 77,
+            stuck_since: Some(Duration::from_secs(5)),
+            read: None,
+            opened: Some((Opened::Accepted, opened)),
+        };
+        assert_eq!(parse(&record), life);
+    }
+}

@@ -1,0 +1,367 @@
+//! The programs of the tracer. Each returns with the number of that to which it belongs.
+
+use super::slots::{AT, BY, COOKIE_SHIFT, FOR_OPENED, FOR_READ, FP, HEAD, IP, LEN, LR, SP};
+use super::slots::{OPENED, PART, READS, READY, STACK};
+use super::{
+    ACCEPTED, CLOSED_COUNT, CONNECTED, COOKIE, LIFE, Maps, NO_SLOT_COUNT, OPENED_AT, OPENED_BY,
+    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_AT, READ_BY, READ_COUNT, READ_SLOT, STUCK_SINCE,
+};
+use crate::sys::bpf::Register::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
+use crate::sys::bpf::{Asm, Btf, BtfError, Field, Helper, Insn, Label, Register, Size};
+
+type Program = Result<(Vec<Insn>, u32), BtfError>;
+
+/// include/uapi/linux/in.h
+const IPPROTO_TCP: i32 = 6;
+/// include/net/tcp_states.h
+const TCP_SYN_SENT: i32 = 2;
+const TCP_CLOSE_WAIT: i32 = 8;
+/// include/uapi/linux/bpf.h
+const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
+
+// The places of what a program has on its stack, from the end.
+const MY_COOKIE: i16 = 8;
+const INDEX: i16 = 12;
+
+// What the programs keep in registers that survive a call.
+const SK: Register = R6;
+/// The numbers that belong to the socket.
+const MINE: Register = R7;
+const SLOT: Register = R8;
+
+/// How often a program looks for a free slot.
+const ATTEMPTS: usize = 3;
+
+/// The fields that the programs read.
+struct Fields {
+    sk_state: Field,
+    sk_protocol: Field,
+    ip: Field,
+    sp: Field,
+    fp: Field,
+    /// On processors that have it.
+    lr: Option<Field>,
+}
+
+impl Fields {
+    fn new(btf: &Btf) -> Result<Self, BtfError> {
+        let sock = btf.structure("sock")?;
+        // The kernel's struct of registers has other names on each processor.
+        let registers = btf.structure("pt_regs")?;
+        let number = |name: &str| registers.number(name, Size::U64);
+        let [ip, fp, lr] = match cfg!(target_arch = "aarch64") {
+            true => [
+                Some(number("pc")?),
+                Some(registers.element("regs", 29, Size::U64)?),
+                Some(registers.element("regs", 30, Size::U64)?),
+            ],
+            false => [Some(number("ip")?), Some(number("bp")?), None],
+        };
+        let here = |field: Option<Field>| field.expect("every processor has it");
+        Ok(Fields {
+            sk_state: sock.number("__sk_common.skc_state", Size::U8)?,
+            sk_protocol: sock.number("sk_protocol", Size::U16)?,
+            ip: here(ip),
+            sp: number("sp")?,
+            fp: here(fp),
+            lr,
+        })
+    }
+}
+
+/// The offset of a number in a slot or in what belongs to a socket.
+fn at(place: usize) -> i16 {
+    i16::try_from(8 * place).expect("a short record")
+}
+
+fn immediate(number: usize) -> i32 {
+    i32::try_from(number).expect("a small number")
+}
+
+/// The tracepoint inet_sock_set_state(sk, oldstate, newstate): the thread that connects, the peer's FIN, and the end of CLOSE-WAIT.
+pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
+    let fields = Fields::new(btf)?;
+    let target = btf.tracepoint("inet_sock_set_state")?;
+    let mut asm = Asm::default();
+    let (closed_by_peer, connects, end) = (asm.label(), asm.label(), asm.label());
+    let old = R9;
+    // if (sk->sk_protocol != IPPROTO_TCP) return 0;
+    asm.load_at(SK, R1, 0, Size::U64)
+        .load_at(old, R1, 8, Size::U64)
+        .load_at(R3, R1, 16, Size::U64)
+        .load(R2, SK, fields.sk_protocol)
+        .if_not(R2, IPPROTO_TCP, end);
+    // if (newstate == TCP_CLOSE_WAIT) goto closed_by_peer;
+    // if (newstate == TCP_SYN_SENT) goto connects;
+    // if (oldstate != TCP_CLOSE_WAIT) return 0;
+    asm.if_is(R3, TCP_CLOSE_WAIT, closed_by_peer)
+        .if_is(R3, TCP_SYN_SENT, connects)
+        .if_not(old, TCP_CLOSE_WAIT, end);
+
+    // u64 *mine = bpf_sk_storage_get(&lives, sk, NULL, 0);
+    // if (!mine) return 0;
+    get_storage(&mut asm, maps, 0, end);
+    // if (!mine[READ_SLOT]) return 0;
+    // u32 index = mine[READ_SLOT] - 1;
+    asm.load_at(R1, MINE, at(READ_SLOT), Size::U64)
+        .if_is(R1, 0, end)
+        .add(R1, -1)
+        .spill(INDEX, Size::U32, R1);
+    // u64 *slot = bpf_map_lookup_elem(&slots, &index);
+    // if (!slot) return 0;
+    get_slot(&mut asm, maps, end);
+    // cmpxchg(slot, mine[COOKIE] << COOKIE_SHIFT | FOR_READ | READY, 0);
+    // return 0;
+    asm.load_at(R0, MINE, at(COOKIE), Size::U64)
+        .shift_left(R0, COOKIE_SHIFT)
+        .add(R0, FOR_READ | READY)
+        .set(R1, 0)
+        .compare_and_exchange(SLOT, R1)
+        .jump(end);
+
+    // closed_by_peer:
+    // mine[STUCK_SINCE] = bpf_ktime_get_ns();
+    asm.place(closed_by_peer);
+    create_storage(&mut asm, maps, end);
+    asm.call(Helper::Now)
+        .store_at(MINE, at(STUCK_SINCE), Size::U64, R0);
+    count(&mut asm, maps, CLOSED_COUNT);
+    asm.jump(end);
+
+    asm.place(connects);
+    opened(&mut asm, &fields, maps, CONNECTED, end);
+    asm.place(end).go_on();
+    Ok((asm.finish(), target))
+}
+
+/// The tracepoint sock_recv_length(sk, ret, flags): the thread that reads the end.
+pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
+    let fields = Fields::new(btf)?;
+    let target = btf.tracepoint("sock_recv_length")?;
+    let mut asm = Asm::default();
+    let end = asm.label();
+    // if (ret) return 0;
+    asm.load_at(R2, R1, 8, Size::U64).if_not(R2, 0, end);
+    // if (sk->sk_state != TCP_CLOSE_WAIT || sk->sk_protocol != IPPROTO_TCP) return 0;
+    asm.load_at(SK, R1, 0, Size::U64)
+        .load(R2, SK, fields.sk_state)
+        .if_not(R2, TCP_CLOSE_WAIT, end)
+        .load(R2, SK, fields.sk_protocol)
+        .if_not(R2, IPPROTO_TCP, end);
+    create_storage(&mut asm, maps, end);
+    // if (mine[READ_AT]) return 0;
+    asm.load_at(R1, MINE, at(READ_AT), Size::U64)
+        .if_not(R1, 0, end);
+    // mine[READ_AT] = bpf_ktime_get_ns();
+    // mine[READ_BY] = bpf_get_current_pid_tgid();
+    asm.call(Helper::Now)
+        .store_at(MINE, at(READ_AT), Size::U64, R0)
+        .call(Helper::CurrentPid)
+        .store_at(MINE, at(READ_BY), Size::U64, R0);
+    count(&mut asm, maps, READ_COUNT);
+    let none = asm.label();
+    sample(&mut asm, &fields, maps, FOR_READ, none);
+    // mine[READ_SLOT] = index + 1;
+    // return 0;
+    asm.load_at(R1, R10, -INDEX, Size::U32)
+        .add(R1, 1)
+        .store_at(MINE, at(READ_SLOT), Size::U64, R1)
+        .jump(end);
+    asm.place(none);
+    count(&mut asm, maps, NO_SLOT_COUNT);
+    asm.place(end).go_on();
+    Ok((asm.finish(), target))
+}
+
+/// The hook sock_graft(sk, parent) of security modules: the thread that accepts.
+pub(super) fn security_hook(btf: &Btf, maps: &Maps) -> Program {
+    let target = btf.function("bpf_lsm_sock_graft")?;
+    Ok((accepted(btf, maps, 0)?, target))
+}
+
+/// The return of inet_csk_accept: the thread that accepts.
+pub(super) fn accept_return(btf: &Btf, maps: &Maps) -> Program {
+    let target = btf.function("inet_csk_accept")?;
+    // What it returns comes after its parameters, whose number depends on the kernel.
+    let returned = btf.parameters("inet_csk_accept")?;
+    Ok((accepted(btf, maps, returned)?, target))
+}
+
+/// `argument`: where the program gets the socket.
+fn accepted(btf: &Btf, maps: &Maps, argument: usize) -> Result<Vec<Insn>, BtfError> {
+    let fields = Fields::new(btf)?;
+    let mut asm = Asm::default();
+    let end = asm.label();
+    // if (!sk || sk->sk_protocol != IPPROTO_TCP) return 0;
+    asm.load_at(SK, R1, at(argument), Size::U64)
+        .if_is(SK, 0, end)
+        .load(R2, SK, fields.sk_protocol)
+        .if_not(R2, IPPROTO_TCP, end);
+    opened(&mut asm, &fields, maps, ACCEPTED, end);
+    asm.place(end).go_on();
+    Ok(asm.finish())
+}
+
+/// The iterator over the sockets with something in the storage: reports those in CLOSE-WAIT.
+pub(super) fn report(btf: &Btf) -> Program {
+    let target = btf.function("bpf_iter_bpf_sk_storage_map")?;
+    let ctx = btf.structure("bpf_iter__bpf_sk_storage_map")?;
+    let (ctx_meta, ctx_sk) = (ctx.pointer("meta")?, ctx.pointer("sk")?);
+    let ctx_value = ctx.any_pointer("value")?;
+    let meta_seq = ctx_meta.to.pointer("seq")?;
+    let sk_state = ctx_sk.to.number("__sk_common.skc_state", Size::U8)?;
+    let mut asm = Asm::default();
+    let end = asm.label();
+    // if (!ctx->sk || ctx->sk->sk_state != TCP_CLOSE_WAIT) return 0;
+    asm.follow(R2, R1, &ctx_sk)
+        .if_is(R2, 0, end)
+        .load(R2, R2, sk_state)
+        .if_not(R2, TCP_CLOSE_WAIT, end);
+    // if (!ctx->value) return 0;
+    // bpf_seq_write(ctx->meta->seq, ctx->value, 8 * LIFE);
+    asm.load(R2, R1, ctx_value)
+        .if_is(R2, 0, end)
+        .follow(R1, R1, &ctx_meta)
+        .follow(R1, R1, &meta_seq)
+        .set(R3, immediate(8 * LIFE))
+        .call(Helper::SeqWrite);
+    asm.place(end).go_on();
+    Ok((asm.finish(), target))
+}
+
+/// A connection was opened by the current thread.
+fn opened(asm: &mut Asm, fields: &Fields, maps: &Maps, how: i32, end: Label) {
+    create_storage(asm, maps, end);
+    // mine[OPENED_AT] = bpf_ktime_get_ns();
+    // mine[OPENED_BY] = bpf_get_current_pid_tgid();
+    // mine[OPENED_HOW] = how;
+    asm.call(Helper::Now)
+        .store_at(MINE, at(OPENED_AT), Size::U64, R0)
+        .call(Helper::CurrentPid)
+        .store_at(MINE, at(OPENED_BY), Size::U64, R0)
+        .set(R1, how)
+        .store_at(MINE, at(OPENED_HOW), Size::U64, R1);
+    count(asm, maps, OPENED_COUNT);
+    // if (bpf_get_prandom_u32() & counters[OPENED_MASK]) return 0;
+    asm.call(Helper::Random)
+        .address_of_map_value(R1, maps.counters.fd())
+        .load_at(R1, R1, at(OPENED_MASK), Size::U64)
+        .and(R0, R1)
+        .if_not(R0, 0, end);
+    sample(asm, fields, maps, FOR_OPENED, end);
+}
+
+/// `u64 *mine = bpf_sk_storage_get(&lives, sk, NULL, flags); if (!mine) goto none;`
+fn get_storage(asm: &mut Asm, maps: &Maps, flags: i32, none: Label) {
+    asm.address_of_map(R1, maps.lives.fd())
+        .copy(R2, SK)
+        .set(R3, 0)
+        .set(R4, flags)
+        .call(Helper::SocketStorage)
+        .if_is(R0, 0, none)
+        .copy(MINE, R0);
+}
+
+/// The same, for a socket that may have nothing yet, and `mine[COOKIE] = bpf_get_socket_cookie(sk);`.
+fn create_storage(asm: &mut Asm, maps: &Maps, none: Label) {
+    asm.copy(R1, SK)
+        .call(Helper::SocketCookie)
+        .spill(MY_COOKIE, Size::U64, R0);
+    get_storage(asm, maps, BPF_SK_STORAGE_GET_F_CREATE, none);
+    asm.load_at(R1, R10, -MY_COOKIE, Size::U64)
+        .store_at(MINE, at(COOKIE), Size::U64, R1);
+}
+
+/// `u64 *slot = bpf_map_lookup_elem(&slots, &index); if (!slot) goto none;`
+fn get_slot(asm: &mut Asm, maps: &Maps, none: Label) {
+    asm.address_of_map(R1, maps.slots.fd())
+        .copy(R2, R10)
+        .add(R2, -i32::from(INDEX))
+        .call(Helper::MapLookup)
+        .if_is(R0, 0, none)
+        .copy(SLOT, R0);
+}
+
+/// `counters[place]++`, on every processor at once.
+fn count(asm: &mut Asm, maps: &Maps, place: usize) {
+    asm.address_of_map_value(R1, maps.counters.fd())
+        .add(R1, at(place).into())
+        .set(R2, 1)
+        .add_at_once(R1, R2);
+}
+
+/// Puts the registers and the stack of the current thread into a free slot, whose number stays in `index`. `none`: there is no free slot.
+fn sample(asm: &mut Asm, fields: &Fields, maps: &Maps, what: i32, none: Label) {
+    let (first, count) = match what {
+        FOR_OPENED => (READS, OPENED),
+        _ => (0, READS),
+    };
+    let (taken, filled) = (asm.label(), asm.label());
+    for _ in 0..ATTEMPTS {
+        // u32 index = first + (bpf_get_prandom_u32() & (count - 1));
+        asm.call(Helper::Random)
+            .mask(R0, immediate(count - 1))
+            .add(R0, immediate(first))
+            .spill(INDEX, Size::U32, R0);
+        get_slot(asm, maps, none);
+        // if (!cmpxchg(slot, 0, cookie << COOKIE_SHIFT | what)) goto taken;
+        asm.load_at(R1, R10, -MY_COOKIE, Size::U64)
+            .shift_left(R1, COOKIE_SHIFT)
+            .add(R1, what)
+            .set(R0, 0)
+            .compare_and_exchange(SLOT, R1)
+            .if_is(R0, 0, taken);
+    }
+    asm.jump(none);
+    // taken:
+    // slot[AT] = bpf_ktime_get_ns();
+    // slot[BY] = bpf_get_current_pid_tgid();
+    asm.place(taken)
+        .call(Helper::Now)
+        .store_at(SLOT, at(AT), Size::U64, R0)
+        .call(Helper::CurrentPid)
+        .store_at(SLOT, at(BY), Size::U64, R0);
+    // struct pt_regs *regs = bpf_task_pt_regs(bpf_get_current_task_btf());
+    // slot[IP] = regs->ip; and so on
+    let sp = R9;
+    asm.call(Helper::CurrentTask)
+        .copy(R1, R0)
+        .call(Helper::TaskRegisters)
+        .load(sp, R0, fields.sp)
+        .store_at(SLOT, at(SP), Size::U64, sp);
+    let others = [
+        (IP, Some(fields.ip)),
+        (FP, Some(fields.fp)),
+        (LR, fields.lr),
+    ];
+    for (place, field) in others {
+        if let Some(field) = field {
+            asm.load(R1, R0, field)
+                .store_at(SLOT, at(place), Size::U64, R1);
+        }
+    }
+    // slot[LEN] = 0;
+    asm.set(R1, 0).store_at(SLOT, at(LEN), Size::U64, R1);
+    for part in 0..STACK / PART {
+        // if (bpf_probe_read_user(slot + HEAD + part, PART, sp + part)) goto filled;
+        // slot[LEN] += PART;
+        let skipped = part * PART;
+        asm.copy(R1, SLOT)
+            .add(R1, immediate(8 * HEAD + skipped))
+            .set(R2, immediate(PART))
+            .copy(R3, sp)
+            .add(R3, immediate(skipped))
+            .call(Helper::ReadUser)
+            .if_not(R0, 0, filled)
+            .set(R1, immediate(skipped + PART))
+            .store_at(SLOT, at(LEN), Size::U64, R1);
+    }
+    // filled:
+    // cmpxchg(slot, *slot, *slot | READY);
+    // Nobody else changes a slot that is not ready.
+    asm.place(filled)
+        .load_value(R0, SLOT)
+        .copy(R1, R0)
+        .add(R1, READY)
+        .compare_and_exchange(SLOT, R1);
+}

@@ -1,0 +1,158 @@
+//! The slots: a fixed amount of memory for registers and the top of stacks, which the programs fill and cwkill empties.
+//!
+//! The first number of a slot tells whose it is and how far it is: 0 if it is free. A program takes a free slot at one instant, fills it, and then
+//! says that it is ready. cwkill copies it and frees it at one instant, if it is still the same. So what cwkill gets was whole and of one socket.
+
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::time::Duration;
+
+use super::pid_and_tid;
+use crate::sys::bpf::Shared;
+
+/// Slots for reads of the end, a power of two.
+pub(super) const READS: usize = 1 << 10;
+/// Slots for connections that are opened, behind the others; a power of two.
+pub(super) const OPENED: usize = 1 << 8;
+
+/// The bytes of the stack that a sample has at most. A program that reads into a buffer on its stack has the return addresses behind that
+/// buffer.
+pub const STACK: usize = 16 << 10;
+/// The program copies them in parts of this size, since the end of the stack may be nearer.
+pub(super) const PART: usize = 1 << 10;
+
+/// The size of a slot in numbers of 64 bits.
+pub(super) const SLOT: usize = HEAD + STACK / 8;
+/// What stands before the stack.
+pub(super) const HEAD: usize = 8;
+// The places in a slot.
+pub(super) const OWNER: usize = 0;
+pub(super) const AT: usize = 1;
+pub(super) const BY: usize = 2;
+pub(super) const IP: usize = 3;
+pub(super) const SP: usize = 4;
+pub(super) const FP: usize = 5;
+/// The link register, on processors that have one.
+pub(super) const LR: usize = 6;
+pub(super) const LEN: usize = 7;
+
+// The first number of a slot: the cookie, and in its lowest bits what the slot is for and whether it is ready.
+pub(super) const COOKIE_SHIFT: i32 = 4;
+pub(super) const READY: i32 = 1;
+pub(super) const FOR_READ: i32 = 2;
+pub(super) const FOR_OPENED: i32 = 4;
+
+/// Registers and stack of a thread in a system call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    pub cookie: u64,
+    /// Whether it opens the connection. Otherwise it reads the end.
+    pub opens: bool,
+    pub pid: i32,
+    pub tid: i32,
+    /// CLOCK_MONOTONIC.
+    pub at: Duration,
+    pub ip: u64,
+    pub sp: u64,
+    pub fp: u64,
+    pub lr: u64,
+    /// What stands in memory from `sp` on.
+    pub stack: Vec<u8>,
+}
+
+#[derive(Debug)]
+pub(super) struct Slots(Shared);
+
+impl Slots {
+    pub fn new(memory: Shared) -> Self {
+        Slots(memory)
+    }
+
+    pub fn take(&self, age: Duration, mut each: impl FnMut(Sample)) {
+        let now = crate::sys::monotonic();
+        for slot in self.0.numbers().chunks_exact(SLOT) {
+            let is_old = |at: Duration| now.saturating_sub(at) >= age;
+            if let Some(sample) = take(slot, is_old) {
+                each(sample);
+            }
+        }
+    }
+}
+
+/// The sample in this slot, if there is one and it is old enough. The slot is free then.
+fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample> {
+    let owner = slot[OWNER].load(Ordering::Acquire);
+    let has = |bit: i32| owner & u64::from(bit.unsigned_abs()) != 0;
+    let number = |place: usize| slot[place].load(Ordering::Relaxed);
+    let at = Duration::from_nanos(number(AT));
+    if !has(READY) || !(has(FOR_OPENED) || is_old(at)) {
+        return None;
+    }
+    let len = usize::try_from(number(LEN)).map_or(0, |len| len.min(STACK));
+    let words = slot[HEAD..HEAD + len / 8].iter();
+    let stack = words.flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
+    let (pid, tid) = pid_and_tid(number(BY));
+    let sample = Sample {
+        cookie: owner >> COOKIE_SHIFT,
+        opens: has(FOR_OPENED),
+        pid,
+        tid,
+        at,
+        ip: number(IP),
+        sp: number(SP),
+        fp: number(FP),
+        lr: number(LR),
+        stack: stack.collect(),
+    };
+    fence(Ordering::SeqCst);
+    let freed = slot[OWNER].compare_exchange(owner, 0, Ordering::SeqCst, Ordering::Relaxed);
+    // The socket has left CLOSE-WAIT meanwhile.
+    freed.ok().map(|_| sample)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slot(owner: u64) -> Vec<AtomicU64> {
+        let slot: Vec<AtomicU64> = (0..SLOT).map(|_| AtomicU64::new(0)).collect();
+        for (place, number) in [
+            (OWNER, owner),
+            (AT, 2_000_000_000),
+            (BY, 10 << 32 | 11),
+            (IP, 0x1000),
+            (SP, 0x7000),
+            (LEN, 16),
+            (HEAD, u64::from_ne_bytes(*b"abcdefgh")),
+            (HEAD + 1, u64::from_ne_bytes(*b"ijklmnop")),
+        ] {
+            slot[place].store(number, Ordering::Relaxed);
+        }
+        slot
+    }
+
+    #[test]
+    fn a_slot_that_is_ready_is_taken_once() {
+        let slot = slot(77 << COOKIE_SHIFT | 3);
+        assert_eq!(take(&slot, |_| false), None);
+        let sample = take(&slot, |at| at == Duration::from_secs(2)).unwrap();
+        assert_eq!((sample.cookie, sample.opens), (77, false));
+        assert_eq!((sample.pid, sample.tid), (10, 11));
+        assert_eq!(sample.stack, b"abcdefghijklmnop");
+        assert_eq!(slot[OWNER].load(Ordering::Relaxed), 0);
+        assert_eq!(take(&slot, |_| true), None);
+    }
+
+    #[test]
+    fn a_slot_that_is_being_filled_is_left_alone() {
+        let slot = slot(77 << COOKIE_SHIFT | 2);
+        assert_eq!(take(&slot, |_| true), None);
+        assert_ne!(slot[OWNER].load(Ordering::Relaxed), 0);
+    }
+
+    /// It need not wait: it is of use whatever becomes of the socket.
+    #[test]
+    fn a_connection_that_was_opened_is_taken_at_once() {
+        let slot = slot(77 << COOKIE_SHIFT | 5);
+        assert!(take(&slot, |_| false).is_some_and(|sample| sample.opens));
+    }
+}

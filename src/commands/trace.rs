@@ -1,0 +1,87 @@
+//! `cwkill trace`: watches who reads the end of streams, and reports the lines of code that leave sockets stuck.
+
+use anyhow::{Context, ensure};
+
+use super::{
+    hand_down_capabilities_and_start_threads, open_proc, refuse, say_hints, say_notes,
+    time_and_place,
+};
+use crate::bpf::KernelTypes;
+use crate::bpf::tracer::Tracer;
+use crate::cli::TraceArgs;
+use crate::control::{Control, deadline};
+use crate::filter::Scope;
+use crate::finder;
+use crate::history::History;
+use crate::model::Privilege;
+use crate::privileges::capabilities;
+use crate::report::{ExitStatus, trace as report};
+use crate::terminal::{Terminal, columns, ignore_closed_reader, is_coloured, say, write_out};
+use crate::text::seconds;
+use crate::trace::{self, places, worker};
+
+pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
+    let TraceArgs {
+        selection,
+        duration,
+        verbose,
+        json,
+        ok_if_none: _,
+    } = args;
+    let use_iterator = selection.bpf;
+    let host_root = selection.owners.host_root.clone();
+    let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
+    let time_and_place = time_and_place();
+    say_notes(&scope.notes);
+    ensure!(
+        trace::is_in_first_pid_namespace().context("cannot read the pid namespace")?,
+        "cannot trace from inside a pid namespace: run it on the host, or in a container with --pid=host",
+    );
+    let types = KernelTypes::default();
+    let proc = open_proc(use_iterator, false, &host_root, &scope.selectors, &types)?;
+    drop(types);
+    let tracer = Tracer::attach().context("cannot trace")?;
+    let mut needed = capabilities::to_find(&scope.netns, true, scope.selectors.selects_owners());
+    needed.extend(worker::CAPABILITIES);
+    // The processes that read symbols get them, too.
+    hand_down_capabilities_and_start_threads(&needed, &worker::CAPABILITIES.into(), Some(&proc));
+    // It shows no progress.
+    let mut terminal = Terminal::new(true, true)?;
+    terminal.hold_signals();
+    let time = duration.map_or_else(String::new, |time| format!(" for {}", seconds(time)));
+    // Also where nobody looks: a script can wait for it.
+    say(format_args!(
+        "watching{time}; Ctrl-C ends it and shows what was found"
+    ));
+    let until = duration.map(|duration| deadline(terminal.now(), duration));
+    let watched = trace::watch(tracer, until, &terminal).context("cannot trace")?;
+    terminal.release_signals();
+    let history = History::open();
+    let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, &proc)?;
+    let scan = finder::find(&namespaces, &proc, &scope.selectors, &history)?;
+    let found = places::find(&watched, &scan);
+    let written = write_out(|out| match json {
+        true => report::json::write(&watched, &scan, &found, &time_and_place, out),
+        false => {
+            let style = report::text::Style {
+                columns: columns(),
+                color: is_coloured(clap::ColorChoice::Auto),
+                verbose,
+            };
+            report::text::write(&watched, &found, style, out)
+        }
+    });
+    drop(terminal);
+    say_notes(report::notes(&watched, &scan, &found));
+    if scan.coverage.has_hidden_owners() && scan.coverage.undecided_by_owner() > 0 {
+        say_hints(&[Privilege::Ptrace]);
+    }
+    ignore_closed_reader(written).context("cannot write the report")?;
+    Ok(report::exit_status(&scan, &found))
+}
+
+/// The hidden command of the process that reads symbols.
+pub(super) fn read_symbols(pid: i32) -> anyhow::Result<ExitStatus> {
+    worker::serve(pid).context("cannot read symbols")?;
+    Ok(ExitStatus::Done)
+}

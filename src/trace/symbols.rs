@@ -1,0 +1,280 @@
+//! The processes that read symbols, one for each traced process, and what they have answered.
+//!
+//! A thread for each asks and waits, so that one that hangs holds nobody up. What a process does not answer in time is not known.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsString;
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use super::stack::{Problem, Stack};
+use super::worker::{Answer, HEAD, Last};
+use crate::bpf::tracer::Sample;
+
+/// Traced processes at a time. Each takes a process and a thread.
+const MAX_PROCESSES: usize = 32;
+/// Samples that wait for one of them. Each has 16 KB.
+const MAX_WAITING: usize = 256;
+/// How long the last answers may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Sockets whose place is kept in memory: 40 MB.
+const MAX_PLACES: usize = 1 << 20;
+
+/// The hidden command of cwkill that is such a process.
+pub const COMMAND: &str = "trace-symbols";
+
+/// The stacks of a process, and what keeps them from telling more.
+#[derive(Debug, Default)]
+pub struct Stacks {
+    /// By their numbers.
+    pub stacks: HashMap<usize, Stack>,
+    pub problems: BTreeSet<Problem>,
+}
+
+/// Where a socket was opened or its end was read: a stack of a process, by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StackId {
+    pub pid: i32,
+    pub number: usize,
+}
+
+/// What was found out about stacks so far.
+#[derive(Debug, Default)]
+pub struct Symbols {
+    readers: HashMap<i32, Reader>,
+    results: Option<(Sender<Result>, Receiver<Result>)>,
+    processes: HashMap<i32, Stacks>,
+    /// By the cookie, and whether it was opened there.
+    places: HashMap<(u64, bool), StackId>,
+    /// Samples that no reader could take.
+    pub missed: usize,
+}
+
+#[derive(Debug)]
+struct Reader {
+    /// `None` after the last question.
+    questions: Option<SyncSender<Sample>>,
+    child: Child,
+    has_ended: bool,
+}
+
+/// What a reader's thread reports.
+#[derive(Debug)]
+enum Result {
+    Stack {
+        pid: i32,
+        cookie: u64,
+        opens: bool,
+        answer: Answer,
+    },
+    /// The reader has no more to say. `None`: it broke off.
+    End { pid: i32, last: Option<Last> },
+}
+
+impl Symbols {
+    /// Gives a sample to the reader for its process. Does not wait.
+    pub fn read(&mut self, sample: Sample) {
+        let pid = sample.pid;
+        if !self.readers.contains_key(&pid) {
+            if self.readers.len() == MAX_PROCESSES {
+                let stacks = self.processes.entry(pid).or_default();
+                stacks.problems.insert(Problem::TooManyProcesses);
+                return;
+            }
+            match self.start(pid) {
+                Ok(reader) => drop(self.readers.insert(pid, reader)),
+                Err(_) => {
+                    self.missed += 1;
+                    return;
+                }
+            }
+        }
+        let questions = self.readers[&pid].questions.as_ref();
+        match questions.map(|questions| questions.try_send(sample)) {
+            Some(Ok(())) => {}
+            Some(Err(TrySendError::Full(_) | TrySendError::Disconnected(_))) | None => {
+                self.missed += 1;
+            }
+        }
+    }
+
+    fn start(&mut self, pid: i32) -> io::Result<Reader> {
+        let (results, _) = self.results.get_or_insert_with(channel);
+        let results = results.clone();
+        let mut child = Command::new("/proc/self/exe")
+            .args([OsString::from(COMMAND), pid.to_string().into()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        };
+        let (questions, waiting) = sync_channel(MAX_WAITING);
+        let ask = move || ask_all(pid, &waiting, input, output, &results);
+        let thread = Builder::new().name(format!("symbols-{pid}")).spawn(ask);
+        if let Err(error) = thread {
+            end(&mut child);
+            return Err(error);
+        }
+        Ok(Reader {
+            questions: Some(questions),
+            child,
+            has_ended: false,
+        })
+    }
+
+    /// Takes the answers that have come. Does not wait.
+    pub fn collect(&mut self) {
+        while let Some(result) = self.next(Duration::ZERO) {
+            self.note(result);
+        }
+    }
+
+    /// Waits for the last answers, but not for long.
+    pub fn finish(&mut self) {
+        for reader in self.readers.values_mut() {
+            reader.questions = None;
+        }
+        let until = Instant::now() + PATIENCE;
+        while self.readers.values().any(|reader| !reader.has_ended) {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.next(left) {
+                Some(result) => self.note(result),
+                None => break,
+            }
+        }
+        for (pid, reader) in &mut self.readers {
+            if !reader.has_ended {
+                let stacks = self.processes.entry(*pid).or_default();
+                stacks.problems.insert(Problem::TooSlow);
+            }
+            end(&mut reader.child);
+        }
+    }
+
+    fn next(&self, at_most: Duration) -> Option<Result> {
+        let (_, results) = self.results.as_ref()?;
+        // Nobody closes it: `self` has a sender.
+        results.recv_timeout(at_most).ok()
+    }
+
+    fn note(&mut self, result: Result) {
+        match result {
+            Result::Stack {
+                pid,
+                cookie,
+                opens,
+                answer,
+            } => {
+                let number = answer.number;
+                let process = self.processes.entry(pid).or_default();
+                process.note(answer);
+                if self.places.len() < MAX_PLACES {
+                    self.places.insert((cookie, opens), StackId { pid, number });
+                } else {
+                    self.missed += 1;
+                }
+            }
+            Result::End { pid, last } => {
+                let process = self.processes.entry(pid).or_default();
+                match last {
+                    Some(last) => {
+                        last.again.into_iter().for_each(|it| process.note(it));
+                        process.problems.extend(last.problems);
+                    }
+                    None => drop(process.problems.insert(Problem::Damaged)),
+                }
+                if let Some(reader) = self.readers.get_mut(&pid) {
+                    reader.has_ended = true;
+                    reader.questions = None;
+                }
+            }
+        }
+    }
+
+    /// The stack with which this socket was opened, or with which its end was read.
+    pub fn place(&self, cookie: u64, opens: bool) -> Option<StackId> {
+        self.places.get(&(cookie, opens)).copied()
+    }
+
+    pub fn stack(&self, id: StackId) -> Option<&Stack> {
+        let stack = self.processes.get(&id.pid)?.stacks.get(&id.number)?;
+        // One that could not be read is empty.
+        (!stack.frames.is_empty()).then_some(stack)
+    }
+
+    /// What keeps the stacks of a process from telling more.
+    pub fn problems(&self) -> impl Iterator<Item = (i32, Problem)> + '_ {
+        let processes = self.processes.iter();
+        processes.flat_map(|(&pid, stacks)| stacks.problems.iter().map(move |it| (pid, *it)))
+    }
+}
+
+impl Drop for Symbols {
+    fn drop(&mut self) {
+        for reader in self.readers.values_mut() {
+            end(&mut reader.child);
+        }
+    }
+}
+
+impl Stacks {
+    fn note(&mut self, answer: Answer) {
+        if let Some(stack) = answer.stack {
+            self.stacks.insert(answer.number, stack);
+        }
+    }
+}
+
+/// Ends a process that reads symbols. One that waits for a file system that hangs ends when that does.
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.try_wait();
+}
+
+/// Asks about each sample, and reports the answers.
+fn ask_all(
+    pid: i32,
+    waiting: &Receiver<Sample>,
+    mut input: ChildStdin,
+    output: ChildStdout,
+    results: &Sender<Result>,
+) {
+    let mut lines = BufReader::new(output).lines();
+    let mut next_line = || lines.next()?.ok();
+    for sample in waiting {
+        let answer = write_question(&mut input, &sample).ok();
+        let answer = answer.and_then(|()| next_line());
+        let answer = answer.and_then(|line| serde_json::from_str(&line).ok());
+        let Some(answer) = answer else {
+            let _ = results.send(Result::End { pid, last: None });
+            return;
+        };
+        let sent = results.send(Result::Stack {
+            pid,
+            cookie: sample.cookie,
+            opens: sample.opens,
+            answer,
+        });
+        if sent.is_err() {
+            return;
+        }
+    }
+    drop(input);
+    let last = next_line().and_then(|line| serde_json::from_str(&line).ok());
+    let _ = results.send(Result::End { pid, last });
+}
+
+fn write_question(to: &mut impl Write, sample: &Sample) -> io::Result<()> {
+    let mut bytes = Vec::with_capacity(8 * HEAD + sample.stack.len());
+    let len = sample.stack.len() as u64;
+    for number in [sample.ip, sample.sp, sample.fp, sample.lr, len] {
+        bytes.extend(number.to_ne_bytes());
+    }
+    bytes.extend(&sample.stack);
+    to.write_all(&bytes)
+}

@@ -1,0 +1,314 @@
+//! The process that reads the symbols of one traced process.
+//!
+//! Files of a traced process may be damaged, huge, hostile, or on a file system that hangs. So a process of its own reads them, with
+//! little memory, little time and few rights. Whatever becomes of it, cwkill goes on without these names.
+
+mod memory;
+mod names;
+mod perf_map;
+mod unwind;
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use caps::Capability;
+use nix::sys::resource::{Resource, setrlimit};
+use serde::{Deserialize, Serialize};
+
+use super::stack::{End, Problem, Runtime, Stack};
+use crate::privileges::capabilities;
+use memory::{From, Memory};
+use names::Names;
+use perf_map::PerfMap;
+use unwind::{Input, Unwinder};
+
+/// The numbers before the stack in a question: ip, sp, fp, lr, and the length of the stack.
+pub(super) const HEAD: usize = 5;
+
+/// The answer to a question, a line of JSON.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Answer {
+    /// The number of the stack.
+    pub number: usize,
+    /// The stack, if this number was not used before, or if more is known of it now.
+    pub stack: Option<Stack>,
+}
+
+/// What comes last, another line.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Last {
+    /// Stacks of which more is known now.
+    pub again: Vec<Answer>,
+    /// What keeps stacks of this process from telling more.
+    pub problems: BTreeSet<Problem>,
+}
+
+/// What it needs to read the files of a process of another user; the last one is for /proc/PID/map_files (fs/proc/base.c,
+/// proc_map_files_get_link).
+pub const CAPABILITIES: [Capability; 3] = [
+    Capability::CAP_SYS_PTRACE,
+    Capability::CAP_DAC_READ_SEARCH,
+    Capability::CAP_CHECKPOINT_RESTORE,
+];
+
+/// Memory for unwind information and symbols. Files are mapped, which does not count.
+const MAX_MEMORY: u64 = 1 << 30;
+/// Seconds of processor time for the symbols of one process.
+const MAX_CPU: u64 = 60;
+/// Different stacks of a process. Further ones get the number of the last.
+const MAX_STACKS: usize = 10_000;
+/// The memory map is read again for an unknown address, at most so often.
+const REFRESH: Duration = Duration::from_secs(1);
+
+/// The whole life of the process: it answers the questions on standard input until there are no more.
+///
+/// # Errors
+/// What cannot be read or written. A problem with the traced process is an answer.
+pub fn serve(pid: i32) -> io::Result<()> {
+    limit();
+    let mut traced = Traced::open(pid);
+    let (mut questions, mut answers) = (io::stdin().lock(), io::stdout().lock());
+    while let Some(input) = read_question(&mut questions)? {
+        let answer = match &mut traced {
+            Ok(traced) => traced.answer(&input),
+            Err(_) => Answer {
+                number: 0,
+                stack: Some(Stack::default()),
+            },
+        };
+        write_line(&mut answers, &answer)?;
+    }
+    let last = match traced {
+        Ok(traced) => traced.finish(),
+        Err(problem) => Last {
+            problems: [problem].into(),
+            ..Last::default()
+        },
+    };
+    write_line(&mut answers, &last)
+}
+
+fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    out.write_all(&line)?;
+    out.flush()
+}
+
+/// Gives up what it does not need. If that fails, it is as good as cwkill itself.
+fn limit() {
+    let _ = capabilities::drop_all_but(&CAPABILITIES.into());
+    let _ = setrlimit(Resource::RLIMIT_DATA, MAX_MEMORY, MAX_MEMORY);
+    let _ = setrlimit(Resource::RLIMIT_CPU, MAX_CPU, MAX_CPU);
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+}
+
+/// `None` at the end of the input.
+fn read_question(from: &mut impl Read) -> io::Result<Option<Input>> {
+    let mut head = [0; 8 * HEAD];
+    if from.read(&mut head[..1])? == 0 {
+        return Ok(None);
+    }
+    from.read_exact(&mut head[1..])?;
+    let (words, _) = head.as_chunks::<8>();
+    let [ip, sp, fp, lr, len] = std::array::from_fn(|at| u64::from_ne_bytes(words[at]));
+    let mut stack = Vec::new();
+    let read = from.by_ref().take(len).read_to_end(&mut stack)?;
+    match read as u64 == len {
+        true => Ok(Some(Input {
+            ip,
+            sp,
+            fp,
+            lr,
+            stack,
+        })),
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// The traced process.
+struct Traced {
+    pid: i32,
+    memory: Memory,
+    read_at: Instant,
+    unwinder: Unwinder,
+    names: Names,
+    /// The stacks that were answered, by their addresses.
+    known: HashMap<Vec<u64>, Known>,
+    problems: BTreeSet<Problem>,
+}
+
+impl Traced {
+    fn open(pid: i32) -> Result<Self, Problem> {
+        let memory = Memory::read(pid).map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => Problem::Refused,
+            _ => Problem::Ended,
+        })?;
+        // A process that ends has no memory any more.
+        if memory.end() == 0 {
+            return Err(Problem::Ended);
+        }
+        let (runtime, is_32_bit) = about_program(pid, memory.runtime());
+        if is_32_bit {
+            return Err(Problem::ThirtyTwoBits);
+        }
+        Ok(Traced {
+            pid,
+            memory,
+            read_at: Instant::now(),
+            unwinder: Unwinder::default(),
+            names: Names::new(pid, runtime, read_perf_map(pid)),
+            known: HashMap::new(),
+            problems: BTreeSet::new(),
+        })
+    }
+
+    fn answer(&mut self, input: &Input) -> Answer {
+        let (mut addresses, mut end) = self.unwinder.unwind(input, &self.memory);
+        let is_known = |address: &u64| self.memory.at(*address).is_some();
+        if !addresses.iter().all(is_known) && self.read_at.elapsed() > REFRESH {
+            // A library was loaded meanwhile, or code was made.
+            if let Ok(memory) = Memory::read(self.pid) {
+                self.memory = memory;
+                (addresses, end) = self.unwinder.unwind(input, &self.memory);
+            }
+            self.read_at = Instant::now();
+        }
+        let next = self.known.len();
+        let known = self.known.get(&addresses).map(|known| known.number);
+        // A program that makes more has code that is different each time. The last one stands for the rest.
+        let known = known.or((next == MAX_STACKS).then(|| next - 1));
+        if let Some(number) = known {
+            return Answer {
+                number,
+                stack: None,
+            };
+        }
+        let stack = self.stack(&addresses, end);
+        self.note_problems(&addresses, &stack);
+        self.known.insert(addresses, Known { number: next, end });
+        Answer {
+            number: next,
+            stack: Some(stack),
+        }
+    }
+
+    fn stack(&self, addresses: &[u64], end: End) -> Stack {
+        let frames = addresses.iter();
+        let frames = frames.flat_map(|&address| self.names.frames(address, &self.memory));
+        Stack {
+            frames: frames.collect(),
+            end,
+        }
+    }
+
+    fn note_problems(&mut self, addresses: &[u64], stack: &Stack) {
+        let is_gone = |address: &u64| match self.memory.at(*address).map(|code| (code, &code.from))
+        {
+            Some((code, From::File(file))) => self.memory.path(code, file).is_err(),
+            _ => false,
+        };
+        let has_names = stack.frames.iter().any(|frame| frame.function.is_some());
+        if addresses.iter().any(is_gone) {
+            self.problems.insert(Problem::FileGone);
+        } else if !has_names && self.names.runtime.is_none() {
+            self.problems.insert(Problem::NoSymbols);
+        }
+    }
+
+    /// A virtual machine may have written its names only now.
+    fn finish(mut self) -> Last {
+        self.names.perf_map = read_perf_map(self.pid).or(self.names.perf_map.take());
+        let has_map = self.names.perf_map.is_some();
+        let problem = match self.names.runtime {
+            Some(Runtime::Java) if !has_map => Some(Problem::NoPerfMap),
+            Some(Runtime::Python(major, minor)) if !has_map => {
+                Some(match (major, minor) >= (3, 12) {
+                    true => Problem::PythonWithoutPerf,
+                    false => Problem::OldPython,
+                })
+            }
+            Some(Runtime::Node) => Some(Problem::Node),
+            _ => None,
+        };
+        self.problems.extend(problem);
+        let is_of_run_time = |address: &u64| {
+            let code = self.memory.at(*address);
+            code.is_some_and(|code| code.from == From::RunTime)
+        };
+        let mut again = Vec::new();
+        for (addresses, known) in &self.known {
+            if has_map && addresses.iter().any(is_of_run_time) {
+                again.push(Answer {
+                    number: known.number,
+                    stack: Some(self.stack(addresses, known.end)),
+                });
+            }
+        }
+        Last {
+            again,
+            problems: self.problems,
+        }
+    }
+}
+
+/// A stack that was answered.
+#[derive(Clone, Copy)]
+struct Known {
+    number: usize,
+    end: End,
+}
+
+/// The runtime, if the program itself tells it, and whether it has 32 bits.
+fn about_program(pid: i32, known: Option<Runtime>) -> (Option<Runtime>, bool) {
+    use object::Object;
+    let path = format!("/proc/{pid}/exe");
+    let Ok(file) = memory::open(Path::new(&path)) else {
+        return (known, false);
+    };
+    let cache = object::read::ReadCache::new(file);
+    let Ok(program) = object::File::parse(&cache) else {
+        return (known, false);
+    };
+    let is_go = program.section_by_name(".go.buildinfo").is_some();
+    let runtime = known.or(is_go.then_some(Runtime::Go));
+    (runtime, !program.is_64())
+}
+
+/// The names of code that the process makes at run time, if it has written them down.
+fn read_perf_map(pid: i32) -> Option<PerfMap> {
+    let status = procfs::process::Process::new(pid).ok()?.status().ok()?;
+    // The number that the process knows itself by.
+    let own = status.nspid.and_then(|pids| pids.last().copied());
+    let own = own.unwrap_or(pid);
+    let user = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+    let path = format!("/proc/{pid}/root/tmp/perf-{own}.map");
+    PerfMap::read(Path::new(&path), user).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_that_is_cut_is_an_error() {
+        let mut question = Vec::new();
+        for number in [1_u64, 2, 3, 4, 8] {
+            question.extend(number.to_ne_bytes());
+        }
+        question.extend(*b"abcdefgh");
+        let read = |bytes: &[u8]| read_question(&mut &*bytes);
+        let input = read(&question).unwrap().unwrap();
+        assert_eq!(
+            (input.ip, input.lr, input.stack),
+            (1, 4, b"abcdefgh".to_vec())
+        );
+        assert!(read(&question[..20]).is_err());
+        assert!(read(&question[..44]).is_err());
+        assert!(read(&[]).unwrap().is_none());
+    }
+}

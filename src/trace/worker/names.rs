@@ -1,0 +1,116 @@
+//! From addresses to functions, files and lines.
+
+use std::path::{Path, PathBuf};
+
+use blazesym::symbolize::source::{Elf, Source};
+use blazesym::symbolize::{CodeInfo, Input, Sym, Symbolized, Symbolizer};
+
+use super::memory::{From, Memory};
+use super::perf_map::{self, PerfMap};
+use crate::trace::stack::{Frame, Origin, Runtime};
+
+/// The reader of symbols of one process.
+pub struct Names {
+    symbolizer: Symbolizer,
+    pub runtime: Option<Runtime>,
+    /// The names of code that was made at run time.
+    pub perf_map: Option<PerfMap>,
+}
+
+impl Names {
+    pub fn new(pid: i32, runtime: Option<Runtime>, perf_map: Option<PerfMap>) -> Self {
+        // Debug symbols of the process's own file system, and of the host's.
+        let roots = [format!("/proc/{pid}/root"), String::new()];
+        let debug_dirs = roots.iter().flat_map(|root| {
+            ["/usr/lib/debug", "/lib/debug"].map(|dir| PathBuf::from(format!("{root}{dir}")))
+        });
+        let symbolizer = Symbolizer::builder()
+            .enable_auto_reload(false)
+            .enable_code_info(true)
+            .enable_inlined_fns(true)
+            .enable_demangling(true)
+            .set_debug_dirs(Some(debug_dirs))
+            .build();
+        Names {
+            symbolizer,
+            runtime,
+            perf_map,
+        }
+    }
+
+    /// The functions at this address, the innermost first: more than one if the compiler has put some into others.
+    pub fn frames(&self, address: u64, memory: &Memory) -> Vec<Frame> {
+        let code = memory.at(address);
+        match code.map(|code| (code, &code.from)) {
+            Some((code, From::File(file))) => {
+                let in_file = address - code.start + code.offset;
+                let path = memory.path(code, file).ok();
+                self.frames_of_file(path.as_deref(), &file.name, in_file)
+            }
+            Some((code, From::Vdso)) => {
+                vec![self.frame(None, None, None, Some("[vdso]"), address - code.start)]
+            }
+            Some((_, From::RunTime)) | None => vec![self.frame_of_run_time(address)],
+        }
+    }
+
+    fn frames_of_file(&self, path: Option<&Path>, module: &str, in_file: u64) -> Vec<Frame> {
+        let symbol = path.and_then(|path| {
+            let source = Source::Elf(Elf::new(path));
+            let input = Input::FileOffset(in_file);
+            self.symbolizer.symbolize_single(&source, input).ok()
+        });
+        match symbol {
+            Some(Symbolized::Sym(symbol)) => self.frames_of_symbol(&symbol, module, in_file),
+            Some(Symbolized::Unknown(_)) | None => {
+                vec![self.frame(None, None, None, Some(module), in_file)]
+            }
+        }
+    }
+
+    fn frames_of_symbol(&self, symbol: &Sym<'_>, module: &str, in_file: u64) -> Vec<Frame> {
+        let frame = |name: &str, place: Option<&CodeInfo<'_>>, inlined| {
+            let file = place.map(|place| place.to_path().to_string_lossy().into_owned());
+            let line = place.and_then(|place| place.line);
+            Frame {
+                inlined,
+                ..self.frame(Some(name), file, line, Some(module), in_file)
+            }
+        };
+        let inlined = symbol.inlined.iter().rev();
+        let mut frames: Vec<Frame> = inlined
+            .map(|inner| frame(&inner.name, inner.code_info.as_ref(), true))
+            .collect();
+        frames.push(frame(&symbol.name, symbol.code_info.as_deref(), false));
+        frames
+    }
+
+    fn frame_of_run_time(&self, address: u64) -> Frame {
+        let name = self.perf_map.as_ref().and_then(|map| map.name(address));
+        match name.and_then(perf_map::python) {
+            Some((function, file)) => {
+                self.frame(Some(function), Some(file.to_owned()), None, None, address)
+            }
+            None => self.frame(name, None, None, None, address),
+        }
+    }
+
+    fn frame(
+        &self,
+        function: Option<&str>,
+        file: Option<String>,
+        line: Option<u32>,
+        module: Option<&str>,
+        address: u64,
+    ) -> Frame {
+        Frame {
+            origin: Origin::of(function, file.as_deref(), module, self.runtime),
+            function: function.map(str::to_owned),
+            file,
+            line,
+            module: module.map(str::to_owned),
+            address,
+            inlined: false,
+        }
+    }
+}
