@@ -23,7 +23,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// A socket that is closed within this time after its end was read is no leak, and its stack is not looked at.
 const SETTLE: Duration = Duration::from_millis(300);
 /// The samples of connections that are opened for a tick. Their stacks are looked at for connections that are not stuck, too.
-const OPENED_PER_TICK: std::ops::Range<usize> = 5..20;
+const OPENED_PER_TICK: std::ops::Range<usize> = 20..100;
 /// Of so many connections at least one is sampled.
 const MAX_OPENED_OF: u32 = 1 << 16;
 
@@ -70,7 +70,8 @@ pub fn watch(
     loop {
         let is_last = is_over();
         let mut opened = 0;
-        tracer.take(SETTLE, |sample| {
+        let age = if is_last { Duration::ZERO } else { SETTLE };
+        tracer.take(age, |sample| {
             opened += usize::from(sample.opens);
             symbols.read(sample);
         });

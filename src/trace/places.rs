@@ -171,8 +171,8 @@ impl<'a> Line<'a> {
             function,
             file: file.or(frame.module.as_deref()),
             line: frame.line,
-            // Without a line, it tells the calls in one function apart.
-            address: frame.line.is_none().then_some(frame.address),
+            // Without a line, it tells the calls in one function apart. Code that is made at run time is made again elsewhere.
+            address: (frame.line.is_none() && frame.module.is_some()).then_some(frame.address),
         }
     }
 }

@@ -46,6 +46,7 @@ mod spinning;
 mod states;
 mod support;
 mod threads;
+mod trace;
 mod trial;
 mod watch;
 mod without_owners;
@@ -106,6 +107,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     diagnose,
     diagnose::ends,
     diagnose::verdicts,
+    trace,
     check,
     watch,
     daemon,

@@ -167,8 +167,8 @@ pub const AS_TYPED: &str = "CWKILL_TESTS_AS_TYPED";
 pub const TAKE_ALL: [&str; 2] = ["--min-idle", "0s"];
 
 /// The commands of cwkill, which have selectors of their own.
-const COMMANDS: [&str; 6] = [
-    "diagnose", "check", "doctor", "reclaim", "daemon", "gateway",
+const COMMANDS: [&str; 7] = [
+    "diagnose", "trace", "check", "doctor", "reclaim", "daemon", "gateway",
 ];
 
 /// cwkill in our own namespace, without a history: the sockets of all tests would be in it.

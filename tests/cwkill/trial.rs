@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::Result;
 use libtest_mimic::{Failed, Trial};
 use netns_harness::Family;
+use netns_harness::owners::leaks::Leaky;
 use netns_harness::owners::runtimes::Runtime;
 
 use crate::{cgroups, reclaim};
@@ -47,6 +48,8 @@ pub enum Need {
     Program(&'static str),
     /// The tools of a language.
     Language(Runtime),
+    /// The tools of a program that leaks, and the kernel's iterators to trace it.
+    Leaky(Leaky),
 }
 
 impl Need {
@@ -57,6 +60,11 @@ impl Need {
             Need::Language(runtime) => {
                 let tool = runtime.missing_tool()?;
                 return Some(format!("{tool} is not installed"));
+            }
+            Need::Leaky(program) => {
+                let tool = program.missing_tool();
+                let missing = tool.map(|tool| format!("{tool} is not installed"));
+                return missing.or_else(|| Need::Iterator.missing());
             }
             Need::Program(name) => {
                 let started = std::process::Command::new(name).arg("-v").output();

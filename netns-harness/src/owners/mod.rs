@@ -2,9 +2,11 @@
 //! They are compiled when they are needed.
 //!
 //! - [`Owner`]: a program that leaks dead sockets on order and checks itself for damage
+//! - [`leaks`]: servers that forget to close connections, for `cwkill trace`
 //! - [`runtimes`]: servers that leak until EMFILE and are recovered, repeatedly and under load
 //! - `stops`: measures how long an owner is stopped
 
+pub mod leaks;
 pub mod runtimes;
 pub(crate) mod stops;
 

@@ -122,11 +122,12 @@ fn module(path: &std::path::Path, code: &Code) -> io::Result<Option<Module<Vec<u
     // The difference between addresses in memory and in the file.
     let bias = file.segments().find_map(|segment| {
         let (at, size) = segment.file_range();
-        // A mapping begins at a page.
+        // A mapping begins at a page, so it may have the end of the segment before.
         let covers =
             at <= code.offset.saturating_add(0xfff) && code.offset < at.checked_add(size)?;
         let address = segment.address().wrapping_add(code.offset.wrapping_sub(at));
-        covers.then(|| code.start.wrapping_sub(address))
+        let has_code = segment.permissions().executable();
+        (has_code && covers).then(|| code.start.wrapping_sub(address))
     });
     let Some(bias) = bias else {
         return Ok(None);

@@ -1,0 +1,67 @@
+// A server that forgets to close a connection whose first byte is L or M. The argument is its port on 127.0.0.1.
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+__attribute__((noinline)) int read_to_end(int connection)
+{
+	// A caller's frame is behind this buffer.
+	char buffer[4096];
+	long count;
+	int total = 0;
+	while ((count = read(connection, buffer, sizeof buffer)) > 0) // the end is read here
+		total += count;
+	return total;
+}
+
+__attribute__((noinline)) int leaky_handler(int connection)
+{
+	int total = read_to_end(connection); // the leak
+	return total + 1;
+}
+
+__attribute__((noinline)) int other_handler(int connection)
+{
+	int total = read_to_end(connection); // the other leak
+	return total + 2;
+}
+
+__attribute__((noinline)) int good_handler(int connection)
+{
+	int total = read_to_end(connection);
+	close(connection);
+	return total + 1;
+}
+
+__attribute__((noinline)) int serve(int listener)
+{
+	int total = 0;
+	for (;;) {
+		int connection = accept(listener, 0, 0); // accepted here
+		char kind = 0;
+		read(connection, &kind, 1);
+		if (kind == 'L')
+			total += leaky_handler(connection);
+		else if (kind == 'M')
+			total += other_handler(connection);
+		else
+			total += good_handler(connection);
+	}
+	return total;
+}
+
+int main(int count, char **arguments)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET };
+	address.sin_port = htons(count > 1 ? atoi(arguments[1]) : 0);
+	address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	int listener = socket(AF_INET, SOCK_STREAM, 0);
+	if (bind(listener, (void *)&address, sizeof address) || listen(listener, 64)) {
+		perror("listen");
+		return 1;
+	}
+	return serve(listener);
+}
