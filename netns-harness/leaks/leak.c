@@ -58,7 +58,8 @@ int main(int count, char **arguments)
 	struct sockaddr_in address = { .sin_family = AF_INET };
 	address.sin_port = htons(count > 1 ? atoi(arguments[1]) : 0);
 	address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	int listener = socket(AF_INET, SOCK_STREAM, 0);
+	int listener = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
+	setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
 	if (bind(listener, (void *)&address, sizeof address) || listen(listener, 64)) {
 		perror("listen");
 		return 1;

@@ -48,7 +48,8 @@ int main(int, char **arguments)
 	address.sin_family = AF_INET;
 	address.sin_port = htons(std::atoi(arguments[1]));
 	address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	int listener = socket(AF_INET, SOCK_STREAM, 0);
+	int listener = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
+	setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
 	if (bind(listener, (sockaddr *)&address, sizeof address) || listen(listener, 64))
 		return 1;
 	for (long total = 0;;) {

@@ -17,7 +17,7 @@ use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
 use crate::owners::stops;
 use crate::program::{beside_this_program, is_found};
-use crate::{TcpState, lost_bytes, privilege, scenario};
+use crate::{TcpState, lost_bytes, privilege, scenario, trace_cost};
 
 /// Age of the sockets when a command kills them. On a real host they are older, and cwkill checks sockets younger than a
 /// second twice.
@@ -64,6 +64,9 @@ pub struct Bench {
     /// Instead destroy at least as many sockets as --sockets says while their owners send, and count the bytes that are lost
     #[arg(long, conflicts_with_all = ["list_only", "kill_only", "reclaim", "scenario"])]
     lost_bytes: bool,
+    /// Instead measure what `cwkill trace` costs a connection that ends, and its memory while --sockets sockets become stuck
+    #[arg(long, conflicts_with_all = ["list_only", "kill_only", "reclaim", "lost_bytes", "scenario"])]
+    trace: bool,
 }
 
 /// One command line and its measurements.
@@ -122,6 +125,9 @@ impl Bench {
         );
         if self.lost_bytes {
             return lost_bytes::run(&cwkill, self.sockets);
+        }
+        if self.trace {
+            return trace_cost::run(&cwkill, self.sockets, self.runs);
         }
         let mut listers = vec![
             Subject::new(

@@ -51,6 +51,7 @@ mod run;
 pub mod scenario;
 mod spawner;
 mod ss;
+mod trace_cost;
 mod verify;
 
 pub use agent::{

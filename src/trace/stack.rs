@@ -299,7 +299,7 @@ fn is_of_java(name: &str) -> bool {
         rest.is_some_and(|rest| rest.starts_with('.'))
     };
     let has_class = qualified.contains("::") || qualified.contains('.');
-    !has_class || JAVA_PACKAGES.iter().any(|package| is_package(package))
+    !has_class || JAVA_PACKAGES.iter().any(is_package)
 }
 
 #[cfg(test)]

@@ -29,8 +29,9 @@ const SK: Register = R6;
 const MINE: Register = R7;
 const SLOT: Register = R8;
 
-/// How often a program looks for a free slot.
-const ATTEMPTS: usize = 3;
+/// Among how many slots of its kind a program looks for a free one, one attempt after the other. The first ones are used again and again, so
+/// they are in the cache of the processor.
+const AMONG: [usize; 4] = [8, 64, usize::MAX, usize::MAX];
 
 /// The fields that the programs read.
 struct Fields {
@@ -297,10 +298,10 @@ fn sample(asm: &mut Asm, fields: &Fields, maps: &Maps, what: i32, none: Label) {
         _ => (0, READS),
     };
     let (taken, filled) = (asm.label(), asm.label());
-    for _ in 0..ATTEMPTS {
-        // u32 index = first + (bpf_get_prandom_u32() & (count - 1));
+    for among in AMONG {
+        // u32 index = first + (bpf_get_prandom_u32() & (min(among, count) - 1));
         asm.call(Helper::Random)
-            .mask(R0, immediate(count - 1))
+            .mask(R0, immediate(among.min(count) - 1))
             .add(R0, immediate(first))
             .spill(INDEX, Size::U32, R0);
         get_slot(asm, maps, none);

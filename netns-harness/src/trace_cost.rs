@@ -1,0 +1,192 @@
+//! What `cwkill trace` costs: processor time of each connection that ends, with and without it, and memory with many stuck sockets.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::time::TimeValLike as _;
+use nix::unistd::Pid;
+
+use crate::agent::Dial;
+use crate::host::Host;
+use crate::lab::Lab;
+use crate::owners::leaks::{Leaker, Leaky};
+
+/// Connections of a round.
+const CONNECTIONS: u32 = 20_000;
+/// Stuck sockets of a process. RLIMIT_NOFILE is 20,000 on many hosts.
+const PER_PROCESS: usize = 19_000;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Measures and prints. `sockets`: how many become stuck for the measurement of memory.
+///
+/// # Errors
+/// The kernel refuses a socket, or cwkill fails.
+pub fn run(cwkill: &str, sockets: usize, rounds: u32) -> Result<()> {
+    let lab = Lab::new()?;
+    let host = lab.app_host();
+    let (mut off, mut on, mut tracer) = (Vec::new(), Vec::new(), Vec::new());
+    // One after the other, so that a slow moment of the machine affects both.
+    for _ in 0..rounds {
+        off.push(host.within(|| connections(CONNECTIONS))?);
+        let trace = Trace::start(host, cwkill)?;
+        // It reads the symbols of this process.
+        host.within(|| connections(1000))?;
+        let before = trace.processor_time()?;
+        on.push(host.within(|| connections(CONNECTIONS))?);
+        tracer.push(trace.processor_time()?.saturating_sub(before));
+        trace.end()?;
+    }
+    let (off, on, tracer) = (median(off), median(on), median(tracer));
+    let each = |time: Duration| time.as_secs_f64() * 1e6 / f64::from(CONNECTIONS);
+    println!(
+        "processor time of a connection that ends, in microseconds ({rounds} rounds of {CONNECTIONS}):"
+    );
+    println!("  without a trace   {:6.2}", each(off));
+    println!("  during a trace    {:6.2}", each(on));
+    println!("  the trace itself  {:6.2}", each(tracer));
+    memory(&lab, cwkill, sockets)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Makes `count` connections whose server reads the end and closes. Returns the processor time of both ends, which are in this thread.
+fn connections(count: u32) -> Result<Duration> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let address = listener.local_addr()?;
+    let before = used()?;
+    for _ in 0..count {
+        let client = TcpStream::connect(address)?;
+        let (mut server, _) = listener.accept()?;
+        drop(client);
+        ensure!(server.read(&mut [0; 64])? == 0, "the end was expected");
+    }
+    Ok(used()?.saturating_sub(before))
+}
+
+fn used() -> Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_THREAD)?;
+    let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    Ok(Duration::from_micros(u64::try_from(micros)?))
+}
+
+/// Has servers leak so many sockets during a trace, and prints what it takes then.
+fn memory(lab: &Lab, cwkill: &str, sockets: usize) -> Result<()> {
+    let host = lab.app_host();
+    let trace = Trace::start(host, cwkill)?;
+    let begun = Instant::now();
+    let mut servers = Vec::new();
+    let mut clients = Vec::new();
+    let mut left = sockets;
+    for port in 7000.. {
+        let count = left.min(PER_PROCESS);
+        if count == 0 {
+            break;
+        }
+        left -= count;
+        let text = port.to_string();
+        servers.push(Leaker::start(host, Leaky::C, &[&text])?);
+        let client = host.agent("client")?;
+        let address = (Ipv4Addr::LOCALHOST, port).into();
+        lab.wait_for(PATIENCE, || {
+            Ok(host.ss(&["-l", "sport", "=", &format!(":{text}")])?.len() == 1)
+        })?;
+        for _ in 0..count {
+            let ends = client.connect(address, 1, Dial::default(), PATIENCE)?;
+            client.send(&[ends[0].fd], b"L")?;
+            client.close(&[ends[0].fd])?;
+        }
+        clients.push(client);
+    }
+    let took = begun.elapsed();
+    let peak = trace.peak_memory()?;
+    let children = trace.memory_of_readers()?;
+    let ended = Instant::now();
+    let report = trace.end()?;
+    println!(
+        "{sockets} sockets became stuck in {:.1} s: cwkill had {} MiB, and its {} processes for symbols {} MiB; the report took {:.1} s",
+        took.as_secs_f64(),
+        peak >> 10,
+        children.len(),
+        children.iter().sum::<u64>() >> 10,
+        ended.elapsed().as_secs_f64()
+    );
+    let first = report.lines().next().unwrap_or_default();
+    println!("{first}");
+    let places = report.lines().filter(|line| line.contains(" %), stuck "));
+    places.for_each(|line| println!("  {line}"));
+    Ok(())
+}
+
+/// A trace that runs.
+struct Trace(Child);
+
+impl Trace {
+    fn start(host: &Host, cwkill: &str) -> Result<Self> {
+        let mut child = host
+            .command(cwkill)
+            .args(["trace", "-v"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let mut said = BufReader::new(child.stderr.take().context("no stderr")?);
+        let mut line = String::new();
+        said.read_line(&mut line)?;
+        ensure!(line.contains("watching"), "{line}");
+        // It may say more.
+        std::thread::spawn(move || said.lines().count());
+        Ok(Self(child))
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// The pids of the processes that read symbols.
+    fn readers(&self) -> Result<Vec<u32>> {
+        let path = format!("/proc/{0}/task/{0}/children", self.pid());
+        let text = std::fs::read_to_string(path)?;
+        Ok(text
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok())
+            .collect())
+    }
+
+    /// Of cwkill and its processes.
+    fn processor_time(&self) -> Result<Duration> {
+        let ticks = procfs::ticks_per_second();
+        let mut used = 0;
+        for pid in self.readers()?.into_iter().chain([self.pid()]) {
+            let stat = procfs::process::Process::new(i32::try_from(pid)?)?.stat()?;
+            used += stat.utime + stat.stime;
+        }
+        Ok(Duration::from_millis(1000 * used / ticks))
+    }
+
+    /// In KiB.
+    fn peak_memory(&self) -> Result<u64> {
+        peak_memory(self.pid())
+    }
+
+    fn memory_of_readers(&self) -> Result<Vec<u64>> {
+        self.readers()?.into_iter().map(peak_memory).collect()
+    }
+
+    fn end(self) -> Result<String> {
+        kill(Pid::from_raw(i32::try_from(self.pid())?), Signal::SIGINT)?;
+        let output = self.0.wait_with_output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+fn peak_memory(pid: u32) -> Result<u64> {
+    let status = procfs::process::Process::new(i32::try_from(pid)?)?.status()?;
+    status.vmhwm.context("no VmHWM")
+}
