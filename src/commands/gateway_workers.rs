@@ -11,14 +11,12 @@ use anyhow::{Context, bail};
 use super::gateway::{Sockets, act_on};
 use crate::config::GatewayConfig;
 use crate::control::Control;
-use crate::injector::gateway::{LinkNetwork, Pace};
+use crate::injector::gateway::Pace;
 use crate::model::{ForwardedAct, Method};
 use crate::report::gateway::ForwardedRun;
 
 /// The batches that are in flight at most.
 const WORKERS: u32 = 4;
-/// Paths change while a watch runs, so they are not used for longer.
-const PATHS_LAST: Duration = Duration::from_secs(2);
 /// After Ctrl-C, what is in flight gets this long.
 const FINISH_WITHIN: Duration = Duration::from_secs(10);
 
@@ -128,13 +126,7 @@ fn work(
     done: Sender<ForwardedRun>,
 ) {
     let mut pace = Pace::new(rate);
-    let mut since = Instant::now();
     for mut run in jobs {
-        if since.elapsed() >= PATHS_LAST
-            && let Ok(new) = LinkNetwork::open()
-        {
-            (sockets.network, since) = (new, Instant::now());
-        }
         let control = Finishing::new(control);
         act_on(&mut run, act, config, &mut sockets, &control, &mut pace);
         if done.send(run).is_err() {

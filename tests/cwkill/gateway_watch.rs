@@ -3,9 +3,12 @@
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdout, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use netns_harness::{Dial, Endpoint, Family, Fd, HostCommand, Nat, Recv, Side, wait_for};
+use netns_harness::{
+    Agent, Dial, Endpoint, Family, Fd, HostCommand, Nat, Recv, Side, address, wait_for,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -24,6 +27,8 @@ pub const TESTS: &[Test] = &[
     once!(lost_events_are_said_and_made_up_for),
     once!(without_events_the_table_is_listed),
     once!(each_connection_of_a_watch_is_recorded),
+    once!(a_dead_neighbour_holds_up_a_watch_once),
+    once!(a_watch_uses_links_that_come_and_go),
 ];
 
 /// A watch that runs.
@@ -353,5 +358,62 @@ fn each_connection_of_a_watch_is_recorded() -> Result<()> {
     let last = &records[records.len() - 2..];
     assert_eq!(at(&last[0], "/connection/result/outcome"), "cut");
     assert_eq!(at(&last[1], "/summary/cut"), "2");
+    Ok(())
+}
+
+/// The first connection waits for the answer to ARP for longer than the second one may take.
+fn a_dead_neighbour_holds_up_a_watch_once() -> Result<()> {
+    const RESOLVE: Duration = Duration::from_secs(3);
+    let gateway = Gateway::start(Family::V4, Nat::None)?;
+    let line = "--cut --conntrack-state syn-sent --all --watch --jsonl";
+    let mut watching = Watching::start(&gateway, line)?;
+    // Nobody has this address.
+    let to = SocketAddr::new(address(Family::V4, 2, 200), 7000);
+    let mut took = || -> Result<Duration> {
+        let begun = Instant::now();
+        let dial = Dial {
+            detached: true,
+            ..Dial::default()
+        };
+        gateway.client.connect(to, 1, dial, PATIENCE)?;
+        let object = watching.object()?;
+        assert_eq!(at(&object, "/result/reason_code"), "no-path", "{object:#}");
+        Ok(begun.elapsed())
+    };
+    let (first, second) = (took()?, took()?);
+    assert!(first >= RESOLVE, "{first:?}");
+    assert!(second < RESOLVE, "{first:?}, then {second:?}");
+    watching.interrupted()?.exits(4);
+    Ok(())
+}
+
+/// The router forgets its routes and neighbours on a link that goes away, and learns those of a new one.
+fn a_watch_uses_links_that_come_and_go() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::None)?;
+    let line = "--dport 7000 --cut --active --watch --jsonl";
+    let mut watching = Watching::start(&gateway, line)?;
+    let mut is_cut = |client: &Agent, to| -> Result<()> {
+        let dial = Dial {
+            detached: true,
+            ..Dial::default()
+        };
+        let fd = client.connect(to, 1, dial, PATIENCE)?[0].fd;
+        let got = client.recv(fd, 100, PATIENCE)?;
+        assert_eq!(got, Recv::Failed(libc::ECONNRESET));
+        let object = watching.object_of_living()?;
+        assert_eq!(at(&object, "/result/outcome"), "cut", "{object:#}");
+        Ok(())
+    };
+    is_cut(&gateway.client, gateway.to)?;
+    gateway.sh("ip link del server")?;
+    // It has the addresses of the one before, and other hardware addresses.
+    let other = gateway.lab.add_host("server", 2)?;
+    let agent = other.agent("other")?;
+    agent.listen(SocketAddr::new("0.0.0.0".parse()?, 7000), false, 16)?;
+    is_cut(&gateway.client, gateway.to)?;
+    assert_eq!(connections(&other)?, 0);
+    gateway.sh("ip link set server down; ip link set server up")?;
+    is_cut(&gateway.client, gateway.to)?;
+    watching.interrupted()?.exits(0);
     Ok(())
 }
