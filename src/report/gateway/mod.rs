@@ -176,8 +176,8 @@ pub fn notes(run: &ForwardedRun, config: &GatewayConfig) -> Vec<String> {
         ),
         None => notes.extend(without_conntrack()),
         Some((used, most)) if used >= most => notes.push(format!(
-            "the table of conntrack is full ({used} entries, net.netfilter.nf_conntrack_max is {most}): connections that were \
-             opened since are not tracked, and not listed"
+            "the table of conntrack is full ({used} entries, net.netfilter.nf_conntrack_max is {most}): the kernel drops \
+             the packets of connections without an entry, so these are not listed"
         )),
         Some(_) => {}
     }
