@@ -15,7 +15,7 @@ use super::{
 };
 use crate::audit::Audit;
 use crate::config::{Action, Format, GatewayConfig, Watch};
-use crate::conntrack::{self, Conntrack, Events, Timeouts};
+use crate::conntrack::{self, Conntrack, Events, EventsSent, Timeouts};
 use crate::control::{Control, deadline};
 use crate::finder::arrivals::Arrivals;
 use crate::finder::forwarded;
@@ -78,7 +78,7 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
         listing: Patience::new(quiet),
         hearing: Patience::new(quiet),
         sorting: Patience::new(quiet),
-        has_events: conntrack::sends_events() != Some(false),
+        has_events: conntrack::events_sent() != Some(EventsSent::Never),
         table,
         timeouts,
         workers: None,

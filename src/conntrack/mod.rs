@@ -103,11 +103,32 @@ pub fn table_use() -> Option<(u64, u64)> {
     Some((number("nf_conntrack_count")?, number("nf_conntrack_max")?))
 }
 
-/// Whether the namespace of the calling thread sends events about its entries; `None` if connection tracking is not loaded.
-pub fn sends_events() -> Option<bool> {
+/// When a namespace sends events about its entries (net.netfilter.nf_conntrack_events).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventsSent {
+    Never,
+    /// About each entry.
+    Always,
+    /// About entries that are made while somebody listens; the default since Linux 5.19.
+    WhileHeard,
+}
+
+impl EventsSent {
+    fn of_setting(value: u64) -> Self {
+        match value {
+            0 => EventsSent::Never,
+            2 => EventsSent::WhileHeard,
+            _ => EventsSent::Always,
+        }
+    }
+}
+
+/// When the namespace of the calling thread sends events; `None` if connection tracking is not loaded.
+pub fn events_sent() -> Option<EventsSent> {
     number("nf_conntrack_count")?;
     // A kernel without them (CONFIG_NF_CONNTRACK_EVENTS) has no such setting.
-    Some(number("nf_conntrack_events").unwrap_or(0) != 0)
+    let value = number("nf_conntrack_events").unwrap_or(0);
+    Some(EventsSent::of_setting(value))
 }
 
 /// The entries in CLOSE_WAIT of the namespace of the calling thread. A table can have millions of entries, so cwkill reads until `until`
@@ -181,6 +202,17 @@ mod tests {
 
     const LINE: &str = "ipv4     2 tcp      6 58 CLOSE_WAIT src=10.0.1.2 dst=10.0.1.100 sport=1 dport=80 src=10.0.2.2 \
                         dst=10.0.2.1 sport=8080 dport=1 mark=0 zone=0 use=2\n";
+
+    #[test]
+    fn the_setting_says_when_events_are_sent() {
+        let sent = [0, 1, 2].map(EventsSent::of_setting);
+        let expected = [
+            EventsSent::Never,
+            EventsSent::Always,
+            EventsSent::WhileHeard,
+        ];
+        assert_eq!(sent, expected);
+    }
 
     /// Writes `lines` lines as they are read, and counts those that were begun.
     struct Lines<'c> {

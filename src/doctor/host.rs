@@ -15,7 +15,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::confinement::Confinement;
 use super::container_names::{self, ContainerNames};
-use crate::conntrack;
+use crate::conntrack::{self, EventsSent};
 use crate::finder::owners;
 use crate::injector::rst::repair::RepairMode;
 use crate::packet::capture::{Capture, Seen};
@@ -69,6 +69,8 @@ pub struct HostInfo {
     pub capture: io::Result<()>,
     /// How many entries conntrack has in this network namespace, and how many it may have; `None` if it is not loaded.
     pub tracked: Option<(u64, u64)>,
+    /// When conntrack sends events in this network namespace; `None` if it is not loaded.
+    pub conntrack_events: Option<EventsSent>,
     /// The host has an IPv6 loopback address.
     pub ipv6: bool,
     /// Whether the kernel's iterator over the descriptors of all processes works, or why not.
@@ -166,6 +168,7 @@ impl HostInfo {
             raw_v6: raw::try_open(true),
             capture: Capture::open().and_then(|capture| capture.filter_for(Seen::Leaving, &[])),
             tracked: conntrack::table_use(),
+            conntrack_events: conntrack::events_sent(),
             ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
             iterator,
             container_names: container_names::read(proc).map_err(|error| error.to_string()),
@@ -324,6 +327,7 @@ pub(super) mod testdata {
             raw_v6: Ok(()),
             capture: Ok(()),
             tracked: None,
+            conntrack_events: None,
             ipv6: true,
             iterator: Ok(()),
             container_names: Ok(ContainerNames::default()),

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use caps::Capability;
 use serde::Serialize;
 
+use crate::conntrack::EventsSent;
 use crate::doctor::Examination;
 use crate::doctor::advice::Advice;
 use crate::doctor::confinement::{Confinement, Engine};
@@ -331,6 +332,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
         raw_v6,
         capture,
         tracked,
+        conntrack_events,
         ipv6: _,
         iterator,
         container_names,
@@ -451,6 +453,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
             ),
         ),
     });
+    checks.extend(conntrack_events.map(events_check));
     match reachability {
         Ok(reach) => checks.extend([
             processes("this user's processes", reach.same_user),
@@ -507,6 +510,25 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
     checks
 }
 
+/// Whether a watch of `cwkill gateway` hears of new connections.
+fn events_check(sent: EventsSent) -> CheckLine {
+    let detail = match sent {
+        EventsSent::Never => {
+            "conntrack sends none (net.netfilter.nf_conntrack_events is 0): --watch lists the table again and again, so more bytes \
+             pass"
+        }
+        EventsSent::Always => "conntrack sends them about each entry",
+        EventsSent::WhileHeard => {
+            "conntrack sends them about entries that are made while somebody listens, as --watch does"
+        }
+    };
+    CheckLine {
+        name: "gateway events",
+        ok: Some(sent != EventsSent::Never),
+        detail: detail.to_owned(),
+    }
+}
+
 /// Of which containers the names are known.
 fn names_check(counts: &ContainerNames) -> CheckLine {
     let of_runtime = |(runtime, counts): (&Runtime, &NameCounts)| {
@@ -522,5 +544,23 @@ fn names_check(counts: &ContainerNames) -> CheckLine {
             true => "no container is running".to_owned(),
             false => escape(&parts.join(", ")),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_without_events_a_watch_hears_nothing() {
+        for (sent, is_heard, detail) in [
+            (EventsSent::Never, false, "nf_conntrack_events is 0"),
+            (EventsSent::Always, true, "each entry"),
+            (EventsSent::WhileHeard, true, "while somebody listens"),
+        ] {
+            let line = events_check(sent);
+            assert_eq!(line.ok, Some(is_heard), "{sent:?}");
+            assert!(line.detail.contains(detail), "{}", line.detail);
+        }
     }
 }

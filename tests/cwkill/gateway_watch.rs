@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use netns_harness::{
-    Agent, Dial, Endpoint, Family, Fd, HostCommand, Nat, Recv, Side, address, wait_for,
+    Agent, Dial, Endpoint, Family, Fd, HostCommand, Nat, Recv, Routed, Side, address, wait_for,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -26,6 +26,7 @@ pub const TESTS: &[Test] = &[
     once!(a_watch_without_an_act_lists_what_comes),
     once!(lost_events_are_said_and_made_up_for),
     once!(without_events_the_table_is_listed),
+    once!(doctor_says_whether_there_are_events),
     once!(each_connection_of_a_watch_is_recorded),
     once!(a_dead_neighbour_holds_up_a_watch_once),
     once!(a_watch_uses_links_that_come_and_go),
@@ -319,6 +320,22 @@ fn without_events_the_table_is_listed() -> Result<()> {
         .interrupted()?
         .exits(0)
         .complains("nf_conntrack_events is 0");
+    Ok(())
+}
+
+fn doctor_says_whether_there_are_events() -> Result<()> {
+    let lab = Routed::new()?;
+    lab.translate(Family::V4, Nat::None, &[])?;
+    for (setting, is_heard) in [(0, "false"), (1, "true"), (2, "true")] {
+        let script = format!("echo {setting} > /proc/sys/net/netfilter/nf_conntrack_events");
+        ran(lab.router.command("sh").args(["-ec", &script]))?.exits(0);
+        let ran = ran(lab.router.command(CWKILL).args(["doctor", "--json"]))?;
+        let document = ran.json();
+        let mut checks = document["checks"].as_array().context("no checks")?.iter();
+        let line = checks.find(|check| at(check, "/name") == "gateway events");
+        let line = line.context("no line")?;
+        assert_eq!(at(line, "/ok"), is_heard, "{setting}: {line}");
+    }
     Ok(())
 }
 
