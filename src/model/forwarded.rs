@@ -165,6 +165,9 @@ pub enum ForwardedSkip {
         "the routes of this host have several paths for it, by interface of arrival or by mark"
     )]
     AmbiguousPath,
+    /// A packet socket sends below them, so a segment would leave in plain text.
+    #[error("a policy of IPsec (xfrm) encrypts or drops its packets")]
+    IpsecPolicy,
     #[error("the routes of this host lead to this host itself")]
     PathEndsHere,
     /// A transparent proxy is recognized by its sockets only.

@@ -23,6 +23,8 @@ pub enum NoPath {
     /// The routes of this host lead to other neighbours for other interfaces of arrival, or for other marks.
     #[error("several paths are possible")]
     Ambiguous,
+    #[error("a policy of IPsec encrypts or drops its packets")]
+    Ipsec,
     /// The kernel delivers packets to this end to this host.
     #[error("packets to {0} end on this host")]
     EndsHere(IpAddr),

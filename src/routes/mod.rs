@@ -6,6 +6,7 @@
 
 mod codec;
 mod forwarding;
+mod ipsec;
 mod path;
 mod path_codec;
 

@@ -8,11 +8,16 @@ use std::net::SocketAddr as Address;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{
+    Socket, SocketAddr,
+    protocols::{NETLINK_ROUTE, NETLINK_XFRM},
+};
 
 use super::forwarding::{self, Hop, NoPath, Origin, Policy, Question, Route};
+use super::ipsec::{self, IpsecPolicy, Packet};
 use super::path_codec::{self as codec, Answer, Item, Rule};
 use crate::sys::link::{LinkDestination, MAX_HARDWARE_LEN};
+use crate::tcp::Tuple;
 
 /// The kernel gives up on a neighbour after three questions, a second apart (net.ipv4.neigh.default.mcast_solicit, retrans_time_ms).
 const RESOLVE_TIME: Duration = Duration::from_millis(3200);
@@ -29,19 +34,55 @@ const IFF_NOARP: u32 = 0x80;
 /// A connection whose packets this host forwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// The real addresses of its ends: the kernel routes after the destination is translated, and before the source is.
-    pub ends: [Address; 2],
+    /// What its ends see. `local` is the end itself.
+    pub views: [Tuple; 2],
     /// The mark of its entry, 0 for none.
     pub mark: u32,
+}
+
+impl Flow {
+    /// The real addresses of its ends: the kernel routes after the destination is translated, and before the source is.
+    pub fn ends(&self) -> [Address; 2] {
+        self.views.map(|view| view.local)
+    }
+
+    /// The packets to both ends, as the kernel compares them with policies of IPsec: as it routes them, and once more after the
+    /// source is translated (net/netfilter/nf_nat_core.c, nf_xfrm_me_harder).
+    fn packets(&self, hops: &[Hop; 2]) -> Vec<Packet> {
+        let mut packets = Vec::new();
+        for (side, (view, hop)) in self.views.iter().zip(hops).enumerate() {
+            let source = self.views[1 - side].local;
+            let translated = (view.peer != source).then_some(view.peer);
+            for from in [source].into_iter().chain(translated) {
+                for mark in [Some(0), (self.mark != 0).then_some(self.mark)] {
+                    packets.extend(mark.map(|mark| Packet {
+                        from,
+                        to: view.local,
+                        interface: hop.interface,
+                        mark,
+                    }));
+                }
+            }
+        }
+        packets
+    }
+}
+
+struct Policies {
+    /// Of IPv4 and IPv6.
+    routing: [Policy; 2],
+    ipsec: Vec<IpsecPolicy>,
 }
 
 /// The paths of the network namespace of the thread that opened it.
 pub struct Paths {
     socket: Socket,
+    /// `None`: this kernel has no policies of IPsec.
+    xfrm: Option<Socket>,
     sequence: u32,
     buffer: Vec<u8>,
-    /// What depends on more than addresses, for IPv4 and IPv6, and when it was asked.
-    policies: Option<([Arc<Policy>; 2], Instant)>,
+    /// What depends on more than addresses, and when it was asked.
+    policies: Option<(Arc<Policies>, Instant)>,
     /// The neighbours that did not answer, and when.
     dead: HashMap<Hop, Instant>,
 }
@@ -52,11 +93,21 @@ impl Paths {
     /// # Errors
     /// As socket(2).
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        let socket = |protocol| -> io::Result<Socket> {
+            let mut socket = Socket::new(protocol)?;
+            socket.bind_auto()?;
+            socket.connect(&SocketAddr::new(0, 0))?;
+            Ok(socket)
+        };
+        let xfrm = match socket(NETLINK_XFRM) {
+            Ok(xfrm) => Some(xfrm),
+            // Without CONFIG_XFRM_USER.
+            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => None,
+            Err(error) => return Err(error),
+        };
         Ok(Paths {
-            socket,
+            socket: socket(NETLINK_ROUTE)?,
+            xfrm,
             sequence: 0,
             buffer: vec![0; RECEIVE_BUFFER],
             policies: None,
@@ -82,23 +133,29 @@ impl Paths {
     }
 
     fn hops(&mut self, flow: &Flow) -> Result<[Hop; 2], NoPath> {
-        let policy = self.policy(flow.ends[0].is_ipv6())?;
-        let lookup = &mut |question| self.route(&question, policy.is_hash_unknown);
-        forwarding::hops(flow.ends, flow.mark, &policy, lookup)
+        let policies = self.policies()?;
+        let ends = flow.ends();
+        let routing = &policies.routing[usize::from(ends[0].is_ipv6())];
+        let lookup = &mut |question| self.route(&question, routing.is_hash_unknown);
+        let hops = forwarding::hops(ends, flow.mark, routing, lookup)?;
+        let is_forbidden = |packet: &Packet| ipsec::forbid(&policies.ipsec, packet);
+        match flow.packets(&hops).iter().any(is_forbidden) {
+            true => Err(NoPath::Ipsec),
+            false => Ok(hops),
+        }
     }
 
-    fn policy(&mut self, ipv6: bool) -> io::Result<Arc<Policy>> {
+    fn policies(&mut self) -> io::Result<Arc<Policies>> {
         let now = Instant::now();
-        let policies = match self.policies.take() {
+        let (policies, asked) = match self.policies.take() {
             Some((policies, asked)) if now < asked + POLICY_TIME => (policies, asked),
-            _ => (self.read_policies()?, now),
+            _ => (Arc::new(self.read_policies()?), now),
         };
-        let policy = Arc::clone(&policies.0[usize::from(ipv6)]);
-        self.policies = Some(policies);
-        Ok(policy)
+        self.policies = Some((Arc::clone(&policies), asked));
+        Ok(policies)
     }
 
-    fn read_policies(&mut self) -> io::Result<[Arc<Policy>; 2]> {
+    fn read_policies(&mut self) -> io::Result<Policies> {
         let mut links = Vec::new();
         self.list(codec::links_question, &mut |item| {
             if let Item::Link(link) = item {
@@ -130,7 +187,31 @@ impl Paths {
                 is_hash_unknown: is_hash_unknown(ipv6),
             })
         };
-        Ok([of_family(false)?.into(), of_family(true)?.into()])
+        Ok(Policies {
+            routing: [of_family(false)?, of_family(true)?],
+            ipsec: self.ipsec_policies()?,
+        })
+    }
+
+    fn ipsec_policies(&mut self) -> io::Result<Vec<IpsecPolicy>> {
+        let mut policies = Vec::new();
+        let Some(xfrm) = &self.xfrm else {
+            return Ok(policies);
+        };
+        self.sequence = self.sequence.wrapping_add(1);
+        let sequence = self.sequence;
+        let question = ipsec::policies_question(sequence);
+        list(xfrm, &question, &mut self.buffer, &mut |datagram| {
+            let mut end = None;
+            for item in ipsec::items(datagram, sequence) {
+                match item {
+                    ipsec::Item::Policy(policy) => policies.push(policy),
+                    ipsec::Item::Done(errno) => end = Some(errno),
+                }
+            }
+            end
+        })?;
+        Ok(policies)
     }
 
     fn route(&mut self, question: &Question, is_hash_unknown: bool) -> io::Result<Route> {
@@ -259,27 +340,45 @@ impl Paths {
         }
     }
 
-    /// Sends a question for a list, and reads the list. It is short, and the kernel sends the rest when it was read.
     fn list(
         &mut self,
         question: impl Fn(u32) -> Vec<u8>,
         handle: &mut dyn FnMut(Item),
     ) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
-        self.socket.send(&question(self.sequence), 0)?;
-        loop {
-            let length = match self.socket.recv(&mut &mut self.buffer[..], 0) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                length => length?,
-            };
-            for item in codec::items(&self.buffer[..length], self.sequence) {
+        let sequence = self.sequence;
+        let question = question(sequence);
+        list(&self.socket, &question, &mut self.buffer, &mut |datagram| {
+            let mut end = None;
+            for item in codec::items(datagram, sequence) {
                 match item {
-                    // A kernel without rules, or without this family.
-                    Item::Done(0 | libc::EAFNOSUPPORT | libc::EOPNOTSUPP) => return Ok(()),
-                    Item::Done(errno) => return Err(io::Error::from_raw_os_error(errno)),
+                    Item::Done(errno) => end = Some(errno),
                     item => handle(item),
                 }
             }
+            end
+        })
+    }
+}
+
+/// Sends a question for a list, and reads the list: `handle` returns the errno at its end. The kernel sends the rest when the first part was read.
+fn list(
+    socket: &Socket,
+    question: &[u8],
+    buffer: &mut [u8],
+    handle: &mut dyn FnMut(&[u8]) -> Option<i32>,
+) -> io::Result<()> {
+    socket.send(question, 0)?;
+    loop {
+        let length = match socket.recv(&mut &mut *buffer, 0) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            length => length?,
+        };
+        match handle(&buffer[..length]) {
+            None => {}
+            // A kernel without such a list, or without this family.
+            Some(0 | libc::EAFNOSUPPORT | libc::EOPNOTSUPP) => return Ok(()),
+            Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
         }
     }
 }

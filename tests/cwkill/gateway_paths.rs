@@ -21,6 +21,7 @@ pub const TESTS: &[Test] = &[
     once!(what_the_routes_lead_to_this_host_is_left_alone),
     each_family!(connections_of_a_transparent_proxy_are_left_to_cwkill),
     once!(neighbours_that_do_not_answer_are_waited_for_together),
+    each_family!(what_a_policy_of_ipsec_covers_is_left_alone),
 ];
 
 /// Another host behind the router, and its network.
@@ -319,4 +320,61 @@ fn neighbours_that_do_not_answer_are_waited_for_together() -> Result<()> {
     let codes: Vec<String> = codes.filter(|code| code != "null").collect();
     assert_eq!(codes, vec!["no-path"; usize::from(COUNT)], "{ran:?}");
     wait_for(PATIENCE, || Ok(connections(&third)? == 0))
+}
+
+/// A tunnel, whose other end does not exist: the kernel sends nothing of what it covers.
+fn what_a_policy_of_ipsec_covers_is_left_alone(family: Family) -> Result<()> {
+    let gateway = Gateway::start(family, Nat::Masquerade)?;
+    let pairs = gateway.connect(2)?;
+    let [client, masqueraded, server] = [
+        Side::Client.host(family),
+        Side::Server.router(family),
+        Side::Server.host(family),
+    ];
+    let add = |from: &str, to: &str, way: &str| {
+        gateway.sh(&format!(
+            "ip xfrm policy add src {from} dst {to} dir {way} priority 10 tmpl src {masqueraded} dst {server} proto esp mode tunnel"
+        ))
+    };
+    let [of_client, of_nat, of_server] =
+        [client, masqueraded, server].map(|address| prefix(family, address));
+    let anything = if version(family) == "-4" {
+        "0.0.0.0/0"
+    } else {
+        "::/0"
+    };
+    for (from, to, way) in [
+        (&*of_client, &*of_server, "out"),
+        (&of_server, &of_client, "out"),
+        // Once more after the source is translated.
+        (&of_nat, &of_server, "out"),
+        (&of_client, anything, "fwd"),
+        (anything, anything, "out"),
+    ] {
+        add(from, to, way)?;
+        are_left_alone(&gateway, "ipsec-policy")?;
+        gateway.sh("ip xfrm policy flush")?;
+    }
+    // Other packets, and those to this host.
+    add(&of_nat, &of_client, "out")?;
+    add(anything, anything, "in")?;
+    carries_data(&gateway, pairs[0])?;
+    // An exception from a tunnel for all.
+    add(anything, anything, "out")?;
+    for (from, to) in [
+        (&of_client, &of_server),
+        (&of_server, &of_client),
+        (&of_nat, &of_server),
+    ] {
+        gateway.sh(&format!(
+            "ip xfrm policy add src {from} dst {to} dir out priority 5"
+        ))?;
+    }
+    carries_data(&gateway, pairs[0])?;
+    let ran = gateway.gateway("--cut --all --active --json")?;
+    all_are(&ran.exits(0), "cut", 2);
+    for host in [&gateway.lab.client, &gateway.lab.server] {
+        assert_eq!(connections(host)?, 0);
+    }
+    Ok(())
 }

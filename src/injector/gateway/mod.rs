@@ -205,7 +205,7 @@ fn with_paths<'c>(
     control: &dyn Control,
 ) -> Vec<Pending<'c>> {
     let flow = |it: &Pending<'_>| Flow {
-        ends: it.connection.end_addresses(),
+        views: it.connection.views(),
         mark: it.connection.entry.mark.unwrap_or(0),
     };
     let flows: Vec<Flow> = batch.iter().map(flow).collect();
@@ -218,6 +218,7 @@ fn with_paths<'c>(
         Some(Err(no_path)) => {
             it.connection.outcome = Some(match no_path {
                 NoPath::Ambiguous => ForwardedOutcome::Skipped(ForwardedSkip::AmbiguousPath),
+                NoPath::Ipsec => ForwardedOutcome::Skipped(ForwardedSkip::IpsecPolicy),
                 NoPath::EndsHere(_) => ForwardedOutcome::Skipped(ForwardedSkip::PathEndsHere),
                 // Nobody has waited for it.
                 NoPath::NoNeighbour(_) if control.interrupted() => {

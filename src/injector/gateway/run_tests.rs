@@ -61,10 +61,8 @@ impl Network for Hosts {
         _: &dyn Control,
     ) -> Vec<Result<[LinkDestination; 2], NoPath>> {
         let found = flows.iter().map(|flow| {
-            let mut missing = flow
-                .ends
-                .iter()
-                .filter(|end| self.without_path.contains(end));
+            let ends = flow.ends();
+            let mut missing = ends.iter().filter(|end| self.without_path.contains(end));
             match missing.next() {
                 Some(end) => Err(NoPath::NoRoute(end.ip())),
                 None => Ok([1, 2].map(|interface| LinkDestination {
