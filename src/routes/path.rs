@@ -386,10 +386,12 @@ fn list(
 /// Whether nobody can tell which hop of a route with several ones a forwarded packet takes (net/ipv4/route.c, fib_multipath_hash;
 /// net/ipv6/route.c, rt6_multipath_hash).
 ///
-/// With the policy for ports the kernel takes the number that the link has computed for a packet, if it has: many devices do. The hash of
-/// IPv6 has the flow label, and with named fields too it differs from that of an answer to RTM_GETROUTE (measured on Linux 6.18). The other
-/// policies were not measured. A kernel without such routes has no setting, and then the answer does not matter.
+/// With the policy for ports (1) the kernel takes the number that the link has computed for a packet, if it has: many devices do. The hash of
+/// IPv6 has the flow label, and with named fields (3) too it differs from that of an answer to RTM_GETROUTE (measured on Linux 6.18). That
+/// over addresses, also with those of an inner packet (2), is the same. A kernel without such routes has no setting, and then the
+/// answer does not matter.
 fn is_hash_unknown(ipv6: bool) -> bool {
     const POLICY: &str = "/proc/sys/net/ipv4/fib_multipath_hash_policy";
-    ipv6 || !std::fs::read_to_string(POLICY).is_ok_and(|policy| policy.trim() == "0")
+    let policy = || std::fs::read_to_string(POLICY);
+    ipv6 || !policy().is_ok_and(|policy| matches!(policy.trim(), "0" | "2"))
 }

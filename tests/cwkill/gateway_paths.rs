@@ -21,6 +21,7 @@ pub const TESTS: &[Test] = &[
     once!(what_the_routes_lead_to_this_host_is_left_alone),
     each_family!(connections_of_a_transparent_proxy_are_left_to_cwkill),
     once!(neighbours_that_do_not_answer_are_waited_for_together),
+    once!(the_hash_over_addresses_chooses_the_same_hop_as_the_kernel),
     each_family!(what_a_policy_of_ipsec_covers_is_left_alone),
 ];
 
@@ -320,6 +321,51 @@ fn neighbours_that_do_not_answer_are_waited_for_together() -> Result<()> {
     let codes: Vec<String> = codes.filter(|code| code != "null").collect();
     assert_eq!(codes, vec!["no-path"; usize::from(COUNT)], "{ran:?}");
     wait_for(PATIENCE, || Ok(connections(&third)? == 0))
+}
+
+/// Policy 2 takes the addresses of the inner packet, if there is one, and for TCP those of the packet itself.
+fn the_hash_over_addresses_chooses_the_same_hop_as_the_kernel() -> Result<()> {
+    const COUNT: u8 = 24;
+    let twins = Twins::start(Family::V4)?;
+    let gateway = &twins.gateway;
+    let (server, third) = (
+        Side::Server.host(Family::V4),
+        address(Family::V4, THIRD_NETWORK, 2),
+    );
+    gateway.sh(&format!(
+        "ip route add {} nexthop via {server} nexthop via {third}",
+        prefix(Family::V4, twins.shared)
+    ))?;
+    for policy in [0, 2] {
+        gateway.sh(&format!(
+            "echo {policy} > /proc/sys/net/ipv4/fib_multipath_hash_policy"
+        ))?;
+        for host in 101..101 + COUNT {
+            let from = address(Family::V4, 1, host);
+            sh(
+                &gateway.lab.client,
+                &format!("ip addr replace {from}/24 dev eth0"),
+            )?;
+            let dial = Dial {
+                from: Some(SocketAddr::new(from, 0)),
+                ..Dial::default()
+            };
+            gateway.client.connect(gateway.to, 1, dial, PATIENCE)?;
+        }
+        let at_hops = [&gateway.lab.server, &twins.third];
+        let counts = at_hops.map(connections);
+        let [one, other] = counts.map(Result::unwrap);
+        assert_eq!(one + other, usize::from(COUNT));
+        // All at one of them: one in 2^23.
+        assert!(one > 0 && other > 0, "{policy}: {one} and {other}");
+        let ran = gateway.gateway("--cut --all --active --json")?;
+        all_are(&ran.exits(0), "cut", usize::from(COUNT));
+        for host in [&gateway.lab.client, &gateway.lab.server, &twins.third] {
+            assert_eq!(connections(host)?, 0, "{policy}");
+        }
+    }
+    assert!(twins.other.is_alive());
+    Ok(())
 }
 
 /// A tunnel, whose other end does not exist: the kernel sends nothing of what it covers.
