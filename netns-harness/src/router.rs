@@ -14,6 +14,8 @@ use crate::rtnetlink;
 const LINK: &str = "eth0";
 /// The link between the client and the server, if there is one.
 const PAST: &str = "past";
+/// The VRF of the router, if there is one, and its routing table.
+const VRF: (&str, u32) = ("red", 10);
 /// What makes a host forward packets.
 const FORWARDING: [&str; 2] = ["ipv4/ip_forward", "ipv6/conf/all/forwarding"];
 
@@ -191,6 +193,24 @@ impl Routed {
         self.client.within(forward)?;
         join(&self.client, "inner", &host, network)?;
         Ok(host)
+    }
+
+    /// Puts the links of the router to the client and to the server into a VRF. The main table then knows neither network. Needs the module vrf.
+    ///
+    /// # Errors
+    /// As [`Routed::new`].
+    pub fn use_vrf(&self) -> Result<()> {
+        self.router.within(|| {
+            let (vrf, table) = VRF;
+            rtnetlink::add_vrf(vrf, table)?;
+            rtnetlink::set_link(vrf, true)?;
+            [Side::Client, Side::Server].iter().try_for_each(|side| {
+                // The kernel takes the link down and up, and would drop its IPv6 addresses.
+                let path = format!("/proc/sys/net/ipv6/conf/{}/keep_addr_on_down", side.link());
+                fs::write(&path, "1").with_context(|| format!("write {path}"))?;
+                rtnetlink::set_controller(side.link(), vrf)
+            })
+        })
     }
 
     /// Joins the client and the server by a link past the router. It is `past` on both, and has no addresses.

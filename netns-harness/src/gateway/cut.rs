@@ -41,6 +41,9 @@ pub(crate) struct Cut {
     /// The NAT of the router
     #[arg(long, value_enum, default_value = "both")]
     nat: Nat,
+    /// The links of the router are in a VRF; needs the module vrf
+    #[arg(long)]
+    vrf: bool,
     /// The `--rate` of cwkill, in packets a second [default: that of cwkill]
     #[arg(long, value_name = "N")]
     rate: Option<u32>,
@@ -56,6 +59,8 @@ struct Measured {
     packets: u64,
     cut: u64,
     left: [usize; 3],
+    /// What cwkill has said of it.
+    summary: Value,
 }
 
 impl Cut {
@@ -86,7 +91,8 @@ impl Cut {
             );
             ensure!(
                 measured.cut == u64::from(self.connections) && measured.left == [0; 3],
-                "some connections were not cut, or something of them is left"
+                "some connections were not cut, or something of them is left: {}",
+                measured.summary
             );
         }
         println!("the connections in use have lost no byte");
@@ -95,6 +101,9 @@ impl Cut {
 
     fn measure(&self, cwkill: &str) -> Result<Measured> {
         let lab = Routed::new()?;
+        if self.vrf {
+            lab.use_vrf()?;
+        }
         let processes = usize::try_from(self.connections)?.div_ceil(PER_PROCESS);
         let offsets = (0..).take(processes + 1);
         let ports: Vec<(u16, u16)> = offsets
@@ -121,21 +130,32 @@ impl Cut {
         if let Some(rate) = &rate {
             line.extend(["--rate", rate]);
         }
+        let of_cwkill = |line: &[&str]| -> Result<(Value, Duration)> {
+            let (output, took) = lab.router.within(|| {
+                let began = Instant::now();
+                let output = Command::new(cwkill)
+                    .args(line)
+                    .stdin(Stdio::null())
+                    .output()
+                    .with_context(|| format!("run {cwkill}"))?;
+                Ok((output, began.elapsed()))
+            })?;
+            let document = serde_json::from_slice(&output.stdout).with_context(|| {
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                format!("{cwkill} ended with {}: {}", output.status, stderr.trim())
+            })?;
+            Ok((document, took))
+        };
+        let count = |document: &Value, name| document["summary"][name].as_u64();
+        let (listed, _) = of_cwkill(&["gateway", "--json", "--dport", &selected])?;
+        ensure!(
+            count(&listed, "matched") == Some(self.connections.into()),
+            "cwkill does not list the connections, but {}",
+            listed["summary"]
+        );
         let before = Counters::read(&lab.router)?;
-        let (output, took) = lab.router.within(|| {
-            let began = Instant::now();
-            let output = Command::new(cwkill)
-                .args(&line)
-                .stdin(Stdio::null())
-                .output()
-                .with_context(|| format!("run {cwkill}"))?;
-            Ok((output, began.elapsed()))
-        })?;
+        let (document, took) = of_cwkill(&line)?;
         let after = Counters::read(&lab.router)?;
-        let document: Value = serde_json::from_slice(&output.stdout).with_context(|| {
-            let stderr = String::from_utf8_lossy(&output.stderr);
-            format!("{cwkill} ended with {}: {}", output.status, stderr.trim())
-        })?;
         let bystanders = |count: usize| count.saturating_sub(BYSTANDERS);
         let left = [
             bystanders(connections(&lab.client)?.len()),
@@ -147,8 +167,9 @@ impl Cut {
         Ok(Measured {
             took,
             packets: after.own_since(&before),
-            cut: document["summary"]["cut"].as_u64().context("no summary")?,
+            cut: count(&document, "cut").context("no summary")?,
             left,
+            summary: document["summary"].clone(),
         })
     }
 }
