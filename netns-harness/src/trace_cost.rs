@@ -85,7 +85,8 @@ fn memory(lab: &Lab, cwkill: &str, sockets: usize) -> Result<()> {
     let mut servers = Vec::new();
     let mut clients = Vec::new();
     let mut left = sockets;
-    for port in 7000.. {
+    // Below the ports of clients, of which many are in TIME-WAIT.
+    for port in 700.. {
         let count = left.min(PER_PROCESS);
         if count == 0 {
             break;

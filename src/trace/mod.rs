@@ -22,10 +22,12 @@ use symbols::Symbols;
 const TICK: Duration = Duration::from_millis(100);
 /// A socket that is closed within this time after its end was read is no leak, and its stack is not looked at.
 const SETTLE: Duration = Duration::from_millis(300);
-/// The samples of connections that are opened for a tick. Their stacks are looked at for connections that are not stuck, too.
-const OPENED_PER_TICK: std::ops::Range<usize> = 20..100;
-/// Of so many connections at least one is sampled.
-const MAX_OPENED_OF: u32 = 1 << 16;
+/// With more events in a tick than these, not each is sampled. A sample of an opened connection is looked at whatever becomes of it, one of
+/// a read only if the socket stays open.
+const OPENED_PER_TICK: u64 = 100;
+const READS_PER_TICK: u64 = 200;
+/// Of so many events at least one is sampled.
+const MAX_OF: u32 = 1 << 12;
 
 /// What a trace has seen.
 #[derive(Debug)]
@@ -65,24 +67,19 @@ pub fn watch(
 ) -> Result<Trace, BpfError> {
     let begun = monotonic();
     let mut symbols = Symbols::default();
-    let mut opened_of = 1_u32;
+    let mut seen = Counts::default();
     let is_over = || control.interrupted() || until.is_some_and(|until| control.now() >= until);
     loop {
         let is_last = is_over();
-        let mut opened = 0;
         let age = if is_last { Duration::ZERO } else { SETTLE };
-        tracer.take(age, |sample| {
-            opened += usize::from(sample.opens);
-            symbols.read(sample);
-        });
+        tracer.take(age, |sample| symbols.read(sample));
         symbols.collect();
-        if opened > OPENED_PER_TICK.end && opened_of < MAX_OPENED_OF {
-            opened_of *= 2;
-            tracer.sample_opened(opened_of);
-        } else if opened < OPENED_PER_TICK.start && opened_of > 1 {
-            opened_of /= 2;
-            tracer.sample_opened(opened_of);
-        }
+        let counts = tracer.counts();
+        tracer.sample_one_of(
+            one_of(counts.reads - seen.reads, READS_PER_TICK),
+            one_of(counts.opened - seen.opened, OPENED_PER_TICK),
+        );
+        seen = counts;
         if is_last {
             break;
         }
@@ -102,4 +99,24 @@ pub fn watch(
         lasted,
         no_accepts,
     })
+}
+
+/// Of how many events one is sampled, so that of `count` about `wanted` are, or all. A power of two.
+fn one_of(count: u64, wanted: u64) -> u32 {
+    let of = u32::try_from(count.div_ceil(wanted)).unwrap_or(MAX_OF);
+    of.clamp(1, MAX_OF).next_power_of_two()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quiet_host_is_sampled_as_a_whole() {
+        assert_eq!(one_of(0, 100), 1);
+        assert_eq!(one_of(100, 100), 1);
+        assert_eq!(one_of(101, 100), 2);
+        assert_eq!(one_of(10_000, 100), 128);
+        assert_eq!(one_of(u64::MAX, 100), MAX_OF);
+    }
 }

@@ -11,6 +11,7 @@
 mod programs;
 mod slots;
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::BpfError;
@@ -44,7 +45,7 @@ pub struct Life {
     pub stuck_since: Option<Duration>,
     /// Who read the end of the stream first, if somebody did during the trace.
     pub read: Option<Call>,
-    /// Who made or accepted the connection, if that was during the trace.
+    /// Who made or accepted the connection, if that was during the trace and was sampled.
     pub opened: Option<(Opened, Call)>,
 }
 
@@ -97,9 +98,10 @@ const READ_COUNT: usize = 0;
 const NO_SLOT_COUNT: usize = 1;
 const OPENED_COUNT: usize = 2;
 const CLOSED_COUNT: usize = 3;
-/// A connection that is opened is sampled if a random number has none of these bits.
+/// A connection that is opened, or whose end is read, is sampled if a random number has none of these bits.
 const OPENED_MASK: usize = 4;
-const COUNTERS: usize = 5;
+const READ_MASK: usize = 5;
+const COUNTERS: usize = 6;
 
 const NAMES: [Name; 10] = [
     Name::Tracepoint("inet_sock_set_state"),
@@ -165,17 +167,18 @@ impl Tracer {
         self.slots.take(age, each);
     }
 
-    /// Samples one of `of` connections that are opened from now on; `of` is rounded up to a power of two.
-    pub fn sample_opened(&self, of: u32) {
-        let mask = of.next_power_of_two() - 1;
+    /// From now on samples one of so many reads of an end, and of so many connections that are opened. Both are powers of two.
+    pub fn sample_one_of(&self, reads: u32, opened: u32) {
         let numbers = self.counters.numbers();
-        numbers[OPENED_MASK].store(mask.into(), std::sync::atomic::Ordering::Relaxed);
+        for (place, of) in [(READ_MASK, reads), (OPENED_MASK, opened)] {
+            numbers[place].store(u64::from(of) - 1, Ordering::Relaxed);
+        }
     }
 
     pub fn counts(&self) -> Counts {
         let number = |index: usize| {
             let numbers = self.counters.numbers();
-            numbers[index].load(std::sync::atomic::Ordering::Relaxed)
+            numbers[index].load(Ordering::Relaxed)
         };
         Counts {
             reads: number(READ_COUNT),

@@ -4,7 +4,8 @@ use super::slots::{AT, BY, COOKIE_SHIFT, FOR_OPENED, FOR_READ, FP, HEAD, IP, LEN
 use super::slots::{OPENED, PART, READS, READY, STACK};
 use super::{
     ACCEPTED, CLOSED_COUNT, CONNECTED, COOKIE, LIFE, Maps, NO_SLOT_COUNT, OPENED_AT, OPENED_BY,
-    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_AT, READ_BY, READ_COUNT, READ_SLOT, STUCK_SINCE,
+    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_AT, READ_BY, READ_COUNT, READ_MASK, READ_SLOT,
+    STUCK_SINCE,
 };
 use crate::sys::bpf::Register::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
 use crate::sys::bpf::{Asm, Btf, BtfError, Field, Helper, Insn, Label, Register, Size};
@@ -85,19 +86,16 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
     let target = btf.tracepoint("inet_sock_set_state")?;
     let mut asm = Asm::default();
     let (closed_by_peer, connects, end) = (asm.label(), asm.label(), asm.label());
-    let old = R9;
-    // if (sk->sk_protocol != IPPROTO_TCP) return 0;
-    asm.load_at(SK, R1, 0, Size::U64)
-        .load_at(old, R1, 8, Size::U64)
-        .load_at(R3, R1, 16, Size::U64)
-        .load(R2, SK, fields.sk_protocol)
-        .if_not(R2, IPPROTO_TCP, end);
     // if (newstate == TCP_CLOSE_WAIT) goto closed_by_peer;
     // if (newstate == TCP_SYN_SENT) goto connects;
     // if (oldstate != TCP_CLOSE_WAIT) return 0;
-    asm.if_is(R3, TCP_CLOSE_WAIT, closed_by_peer)
-        .if_is(R3, TCP_SYN_SENT, connects)
-        .if_not(old, TCP_CLOSE_WAIT, end);
+    // The most frequent ones end here: the kernel runs this for each change of each socket.
+    asm.load_at(SK, R1, 0, Size::U64)
+        .load_at(R2, R1, 16, Size::U64)
+        .if_is(R2, TCP_CLOSE_WAIT, closed_by_peer)
+        .if_is(R2, TCP_SYN_SENT, connects)
+        .load_at(R2, R1, 8, Size::U64)
+        .if_not(R2, TCP_CLOSE_WAIT, end);
 
     // u64 *mine = bpf_sk_storage_get(&lives, sk, NULL, 0);
     // if (!mine) return 0;
@@ -123,6 +121,7 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
     // closed_by_peer:
     // mine[STUCK_SINCE] = bpf_ktime_get_ns();
     asm.place(closed_by_peer);
+    if_tcp(&mut asm, &fields, end);
     create_storage(&mut asm, maps, end);
     asm.call(Helper::Now)
         .store_at(MINE, at(STUCK_SINCE), Size::U64, R0);
@@ -130,6 +129,7 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
     asm.jump(end);
 
     asm.place(connects);
+    if_tcp(&mut asm, &fields, end);
     opened(&mut asm, &fields, maps, CONNECTED, end);
     asm.place(end).go_on();
     Ok((asm.finish(), target))
@@ -143,12 +143,11 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
     let end = asm.label();
     // if (ret) return 0;
     asm.load_at(R2, R1, 8, Size::U64).if_not(R2, 0, end);
-    // if (sk->sk_state != TCP_CLOSE_WAIT || sk->sk_protocol != IPPROTO_TCP) return 0;
+    // if (sk->sk_state != TCP_CLOSE_WAIT) return 0;
     asm.load_at(SK, R1, 0, Size::U64)
         .load(R2, SK, fields.sk_state)
-        .if_not(R2, TCP_CLOSE_WAIT, end)
-        .load(R2, SK, fields.sk_protocol)
-        .if_not(R2, IPPROTO_TCP, end);
+        .if_not(R2, TCP_CLOSE_WAIT, end);
+    if_tcp(&mut asm, &fields, end);
     create_storage(&mut asm, maps, end);
     // if (mine[READ_AT]) return 0;
     asm.load_at(R1, MINE, at(READ_AT), Size::U64)
@@ -160,6 +159,7 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
         .call(Helper::CurrentPid)
         .store_at(MINE, at(READ_BY), Size::U64, R0);
     count(&mut asm, maps, READ_COUNT);
+    if_sampled(&mut asm, maps, READ_MASK, end);
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
     // mine[READ_SLOT] = index + 1;
@@ -193,11 +193,10 @@ fn accepted(btf: &Btf, maps: &Maps, argument: usize) -> Result<Vec<Insn>, BtfErr
     let fields = Fields::new(btf)?;
     let mut asm = Asm::default();
     let end = asm.label();
-    // if (!sk || sk->sk_protocol != IPPROTO_TCP) return 0;
+    // if (!sk) return 0;
     asm.load_at(SK, R1, at(argument), Size::U64)
-        .if_is(SK, 0, end)
-        .load(R2, SK, fields.sk_protocol)
-        .if_not(R2, IPPROTO_TCP, end);
+        .if_is(SK, 0, end);
+    if_tcp(&mut asm, &fields, end);
     opened(&mut asm, &fields, maps, ACCEPTED, end);
     asm.place(end).go_on();
     Ok(asm.finish())
@@ -230,8 +229,10 @@ pub(super) fn report(btf: &Btf) -> Program {
     Ok((asm.finish(), target))
 }
 
-/// A connection was opened by the current thread.
+/// A connection was opened by the current thread. Only one that is sampled gets memory.
 fn opened(asm: &mut Asm, fields: &Fields, maps: &Maps, how: i32, end: Label) {
+    count(asm, maps, OPENED_COUNT);
+    if_sampled(asm, maps, OPENED_MASK, end);
     create_storage(asm, maps, end);
     // mine[OPENED_AT] = bpf_ktime_get_ns();
     // mine[OPENED_BY] = bpf_get_current_pid_tgid();
@@ -242,14 +243,22 @@ fn opened(asm: &mut Asm, fields: &Fields, maps: &Maps, how: i32, end: Label) {
         .store_at(MINE, at(OPENED_BY), Size::U64, R0)
         .set(R1, how)
         .store_at(MINE, at(OPENED_HOW), Size::U64, R1);
-    count(asm, maps, OPENED_COUNT);
-    // if (bpf_get_prandom_u32() & counters[OPENED_MASK]) return 0;
+    sample(asm, fields, maps, FOR_OPENED, end);
+}
+
+/// `if (bpf_get_prandom_u32() & counters[mask]) goto otherwise;`
+fn if_sampled(asm: &mut Asm, maps: &Maps, mask: usize, otherwise: Label) {
     asm.call(Helper::Random)
         .address_of_map_value(R1, maps.counters.fd())
-        .load_at(R1, R1, at(OPENED_MASK), Size::U64)
+        .load_at(R1, R1, at(mask), Size::U64)
         .and(R0, R1)
-        .if_not(R0, 0, end);
-    sample(asm, fields, maps, FOR_OPENED, end);
+        .if_not(R0, 0, otherwise);
+}
+
+/// `if (sk->sk_protocol != IPPROTO_TCP) goto otherwise;`
+fn if_tcp(asm: &mut Asm, fields: &Fields, otherwise: Label) {
+    asm.load(R2, SK, fields.sk_protocol)
+        .if_not(R2, IPPROTO_TCP, otherwise);
 }
 
 /// `u64 *mine = bpf_sk_storage_get(&lives, sk, NULL, flags); if (!mine) goto none;`
@@ -343,6 +352,20 @@ fn sample(asm: &mut Asm, fields: &Fields, maps: &Maps, what: i32, none: Label) {
     }
     // slot[LEN] = 0;
     asm.set(R1, 0).store_at(SLOT, at(LEN), Size::U64, R1);
+    // if (bpf_probe_read_user(slot + HEAD, STACK, sp)) goto in_parts;
+    // slot[LEN] = STACK;
+    // goto filled;
+    let in_parts = asm.label();
+    asm.copy(R1, SLOT)
+        .add(R1, immediate(8 * HEAD))
+        .set(R2, immediate(STACK))
+        .copy(R3, sp)
+        .call(Helper::ReadUser)
+        .if_not(R0, 0, in_parts)
+        .set(R1, immediate(STACK))
+        .store_at(SLOT, at(LEN), Size::U64, R1)
+        .jump(filled)
+        .place(in_parts);
     for part in 0..STACK / PART {
         // if (bpf_probe_read_user(slot + HEAD + part, PART, sp + part)) goto filled;
         // slot[LEN] += PART;
