@@ -24,7 +24,7 @@ const TICK: Duration = Duration::from_millis(100);
 const SETTLE: Duration = Duration::from_millis(300);
 /// With more events in a tick than these, not each is sampled. A sample of an opened connection is looked at whatever becomes of it, one of
 /// a read only if the socket stays open.
-const OPENED_PER_TICK: u64 = 100;
+const OPENED_PER_TICK: u64 = 25;
 const READS_PER_TICK: u64 = 200;
 /// Of so many events at least one is sampled.
 const MAX_OF: u32 = 1 << 12;

@@ -100,7 +100,7 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
         found.unread += usize::from(life.read.is_none());
         let stack = |opens| {
             let id: StackId = trace.symbols.place(cookie, opens)?;
-            Some((id.pid, trace.symbols.stack(id)?))
+            Some((id.process.pid, trace.symbols.stack(id)?))
         };
         let opened = stack(true);
         let (key, pid, read) = match (life.read, stack(false)) {

@@ -12,10 +12,14 @@ use std::time::{Duration, Instant};
 
 use super::stack::{Problem, Stack};
 use super::worker::{Answer, HEAD, Last};
-use crate::bpf::tracer::Sample;
+use crate::bpf::tracer::{Sample, Traced};
 
 /// Traced processes at a time. Each takes a process and a thread.
 const MAX_PROCESSES: usize = 32;
+/// Those of them that connections may take that are opened. Many are of processes that soon end.
+const MAX_OPENING: usize = MAX_PROCESSES / 2;
+/// When another process needs a place, one that was not asked for so long gives its own.
+const IDLE: Duration = Duration::from_secs(1);
 /// Samples that wait for one of them. Each has 16 KB.
 const MAX_WAITING: usize = 256;
 /// How long the last answers may take.
@@ -37,16 +41,16 @@ pub struct Stacks {
 /// Where a socket was opened or its end was read: a stack of a process, by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StackId {
-    pub pid: i32,
+    pub process: Traced,
     pub number: usize,
 }
 
 /// What was found out about stacks so far.
 #[derive(Debug, Default)]
 pub struct Symbols {
-    readers: HashMap<i32, Reader>,
+    readers: HashMap<Traced, Reader>,
     results: Option<(Sender<Result>, Receiver<Result>)>,
-    processes: HashMap<i32, Stacks>,
+    processes: HashMap<Traced, Stacks>,
     /// By the cookie, and whether it was opened there.
     places: HashMap<(u64, bool), StackId>,
     /// Samples that no reader could take.
@@ -58,41 +62,52 @@ struct Reader {
     /// `None` after the last question.
     questions: Option<SyncSender<Sample>>,
     child: Child,
-    has_ended: bool,
+    last_asked: Instant,
 }
 
 /// What a reader's thread reports.
 #[derive(Debug)]
 enum Result {
     Stack {
-        pid: i32,
+        process: Traced,
         cookie: u64,
         opens: bool,
         answer: Answer,
     },
     /// The reader has no more to say. `None`: it broke off.
-    End { pid: i32, last: Option<Last> },
+    End { process: Traced, last: Option<Last> },
 }
 
 impl Symbols {
     /// Gives a sample to the reader for its process. Does not wait.
     pub fn read(&mut self, sample: Sample) {
-        let pid = sample.pid;
-        if !self.readers.contains_key(&pid) {
-            if self.readers.len() == MAX_PROCESSES {
-                let stacks = self.processes.entry(pid).or_default();
+        let process = sample.process;
+        if !self.readers.contains_key(&process) {
+            let most = if sample.opens {
+                MAX_OPENING
+            } else {
+                MAX_PROCESSES
+            };
+            if self.readers.len() >= most {
+                self.make_room();
+                let stacks = self.processes.entry(process).or_default();
                 stacks.problems.insert(Problem::TooManyProcesses);
+                self.missed += 1;
                 return;
             }
-            match self.start(pid) {
-                Ok(reader) => drop(self.readers.insert(pid, reader)),
+            match self.start(process) {
+                Ok(reader) => drop(self.readers.insert(process, reader)),
                 Err(_) => {
                     self.missed += 1;
                     return;
                 }
             }
         }
-        let questions = self.readers[&pid].questions.as_ref();
+        let Some(reader) = self.readers.get_mut(&process) else {
+            return;
+        };
+        reader.last_asked = Instant::now();
+        let questions = reader.questions.as_ref();
         match questions.map(|questions| questions.try_send(sample)) {
             Some(Ok(())) => {}
             Some(Err(TrySendError::Full(_) | TrySendError::Disconnected(_))) | None => {
@@ -101,7 +116,16 @@ impl Symbols {
         }
     }
 
-    fn start(&mut self, pid: i32) -> io::Result<Reader> {
+    /// Has the reader that was not asked for the longest time end. Its place is free when it has.
+    fn make_room(&mut self) {
+        let idle = self.readers.values_mut().min_by_key(|it| it.last_asked);
+        if let Some(reader) = idle.filter(|reader| reader.last_asked.elapsed() > IDLE) {
+            reader.questions = None;
+        }
+    }
+
+    fn start(&mut self, process: Traced) -> io::Result<Reader> {
+        let pid = process.pid;
         let (results, _) = self.results.get_or_insert_with(channel);
         let results = results.clone();
         let mut child = Command::new("/proc/self/exe")
@@ -114,7 +138,7 @@ impl Symbols {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
         let (questions, waiting) = sync_channel(MAX_WAITING);
-        let ask = move || ask_all(pid, &waiting, input, output, &results);
+        let ask = move || ask_all(process, &waiting, input, output, &results);
         let thread = Builder::new().name(format!("symbols-{pid}")).spawn(ask);
         if let Err(error) = thread {
             end(&mut child);
@@ -123,7 +147,7 @@ impl Symbols {
         Ok(Reader {
             questions: Some(questions),
             child,
-            has_ended: false,
+            last_asked: Instant::now(),
         })
     }
 
@@ -140,18 +164,16 @@ impl Symbols {
             reader.questions = None;
         }
         let until = Instant::now() + PATIENCE;
-        while self.readers.values().any(|reader| !reader.has_ended) {
+        while !self.readers.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
             match self.next(left) {
                 Some(result) => self.note(result),
                 None => break,
             }
         }
-        for (pid, reader) in &mut self.readers {
-            if !reader.has_ended {
-                let stacks = self.processes.entry(*pid).or_default();
-                stacks.problems.insert(Problem::TooSlow);
-            }
+        for (process, mut reader) in self.readers.drain() {
+            let stacks = self.processes.entry(process).or_default();
+            stacks.problems.insert(Problem::TooSlow);
             end(&mut reader.child);
         }
     }
@@ -165,32 +187,31 @@ impl Symbols {
     fn note(&mut self, result: Result) {
         match result {
             Result::Stack {
-                pid,
+                process,
                 cookie,
                 opens,
                 answer,
             } => {
                 let number = answer.number;
-                let process = self.processes.entry(pid).or_default();
-                process.note(answer);
+                self.processes.entry(process).or_default().note(answer);
                 if self.places.len() < MAX_PLACES {
-                    self.places.insert((cookie, opens), StackId { pid, number });
+                    let id = StackId { process, number };
+                    self.places.insert((cookie, opens), id);
                 } else {
                     self.missed += 1;
                 }
             }
-            Result::End { pid, last } => {
-                let process = self.processes.entry(pid).or_default();
+            Result::End { process, last } => {
+                let stacks = self.processes.entry(process).or_default();
                 match last {
                     Some(last) => {
-                        last.again.into_iter().for_each(|it| process.note(it));
-                        process.problems.extend(last.problems);
+                        last.again.into_iter().for_each(|it| stacks.note(it));
+                        stacks.problems.extend(last.problems);
                     }
-                    None => drop(process.problems.insert(Problem::Damaged)),
+                    None => drop(stacks.problems.insert(Problem::Damaged)),
                 }
-                if let Some(reader) = self.readers.get_mut(&pid) {
-                    reader.has_ended = true;
-                    reader.questions = None;
+                if let Some(mut reader) = self.readers.remove(&process) {
+                    end(&mut reader.child);
                 }
             }
         }
@@ -202,7 +223,7 @@ impl Symbols {
     }
 
     pub fn stack(&self, id: StackId) -> Option<&Stack> {
-        let stack = self.processes.get(&id.pid)?.stacks.get(&id.number)?;
+        let stack = self.processes.get(&id.process)?.stacks.get(&id.number)?;
         // One that could not be read is empty.
         (!stack.frames.is_empty()).then_some(stack)
     }
@@ -210,7 +231,10 @@ impl Symbols {
     /// What keeps the stacks of a process from telling more.
     pub fn problems(&self) -> impl Iterator<Item = (i32, Problem)> + '_ {
         let processes = self.processes.iter();
-        processes.flat_map(|(&pid, stacks)| stacks.problems.iter().map(move |it| (pid, *it)))
+        processes.flat_map(|(process, stacks)| {
+            let problems = stacks.problems.iter();
+            problems.map(|problem| (process.pid, *problem))
+        })
     }
 }
 
@@ -238,7 +262,7 @@ fn end(child: &mut Child) {
 
 /// Asks about each sample, and reports the answers.
 fn ask_all(
-    pid: i32,
+    process: Traced,
     waiting: &Receiver<Sample>,
     mut input: ChildStdin,
     output: ChildStdout,
@@ -251,11 +275,14 @@ fn ask_all(
         let answer = answer.and_then(|()| next_line());
         let answer = answer.and_then(|line| serde_json::from_str(&line).ok());
         let Some(answer) = answer else {
-            let _ = results.send(Result::End { pid, last: None });
+            let _ = results.send(Result::End {
+                process,
+                last: None,
+            });
             return;
         };
         let sent = results.send(Result::Stack {
-            pid,
+            process,
             cookie: sample.cookie,
             opens: sample.opens,
             answer,
@@ -266,7 +293,7 @@ fn ask_all(
     }
     drop(input);
     let last = next_line().and_then(|line| serde_json::from_str(&line).ok());
-    let _ = results.send(Result::End { pid, last });
+    let _ = results.send(Result::End { process, last });
 }
 
 fn write_question(to: &mut impl Write, sample: &Sample) -> io::Result<()> {

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use super::BpfError;
 use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint};
-pub use slots::Sample;
 use slots::{OPENED, READS, SLOT, Slots};
+pub use slots::{Sample, Traced};
 
 /// The attached programs and their memory.
 #[derive(Debug)]

@@ -1,6 +1,8 @@
 //! The programs of the tracer. Each returns with the number of that to which it belongs.
 
-use super::slots::{AT, BY, COOKIE_SHIFT, FOR_OPENED, FOR_READ, FP, HEAD, IP, LEN, LR, SP};
+use super::slots::{
+    AT, BY, COOKIE_SHIFT, FOR_OPENED, FOR_READ, FP, HEAD, IP, LEN, LR, SP, STARTED,
+};
 use super::slots::{OPENED, PART, READS, READY, STACK};
 use super::{
     ACCEPTED, CLOSED_COUNT, CONNECTED, COOKIE, LIFE, Maps, NO_SLOT_COUNT, OPENED_AT, OPENED_BY,
@@ -43,6 +45,9 @@ struct Fields {
     fp: Field,
     /// On processors that have it.
     lr: Option<Field>,
+    /// The first thread of a thread's process, and when that was started.
+    leader: i16,
+    started: Field,
 }
 
 impl Fields {
@@ -59,6 +64,7 @@ impl Fields {
             ],
             false => [Some(number("ip")?), Some(number("bp")?), None],
         };
+        let leader = btf.structure("task_struct")?.pointer("group_leader")?;
         let here = |field: Option<Field>| field.expect("every processor has it");
         Ok(Fields {
             sk_state: sock.number("__sk_common.skc_state", Size::U8)?,
@@ -67,6 +73,8 @@ impl Fields {
             sp: number("sp")?,
             fp: here(fp),
             lr,
+            leader: leader.offset,
+            started: leader.to.number("start_boottime", Size::U64)?,
         })
     }
 }
@@ -333,8 +341,12 @@ fn sample(asm: &mut Asm, fields: &Fields, maps: &Maps, what: i32, none: Label) {
         .store_at(SLOT, at(BY), Size::U64, R0);
     // struct pt_regs *regs = bpf_task_pt_regs(bpf_get_current_task_btf());
     // slot[IP] = regs->ip; and so on
+    // slot[STARTED] = task->group_leader->start_boottime;
     let sp = R9;
     asm.call(Helper::CurrentTask)
+        .load_at(R1, R0, fields.leader, Size::U64)
+        .load(R1, R1, fields.started)
+        .store_at(SLOT, at(STARTED), Size::U64, R1)
         .copy(R1, R0)
         .call(Helper::TaskRegisters)
         .load(sp, R0, fields.sp)

@@ -23,7 +23,7 @@ pub(super) const PART: usize = 1 << 10;
 /// The size of a slot in numbers of 64 bits.
 pub(super) const SLOT: usize = HEAD + STACK / 8;
 /// What stands before the stack.
-pub(super) const HEAD: usize = 8;
+pub(super) const HEAD: usize = 9;
 // The places in a slot.
 pub(super) const OWNER: usize = 0;
 pub(super) const AT: usize = 1;
@@ -34,6 +34,7 @@ pub(super) const FP: usize = 5;
 /// The link register, on processors that have one.
 pub(super) const LR: usize = 6;
 pub(super) const LEN: usize = 7;
+pub(super) const STARTED: usize = 8;
 
 // The first number of a slot: the cookie, and in its lowest bits what the slot is for and whether it is ready.
 pub(super) const COOKIE_SHIFT: i32 = 4;
@@ -41,13 +42,22 @@ pub(super) const READY: i32 = 1;
 pub(super) const FOR_READ: i32 = 2;
 pub(super) const FOR_OPENED: i32 = 4;
 
+/// A traced process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Traced {
+    /// In the first pid namespace.
+    pub pid: i32,
+    /// Its start time in nanoseconds since boot. A later process with the same pid has another one.
+    pub started: u64,
+}
+
 /// Registers and stack of a thread in a system call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
     pub cookie: u64,
     /// Whether it opens the connection. Otherwise it reads the end.
     pub opens: bool,
-    pub pid: i32,
+    pub process: Traced,
     pub tid: i32,
     /// CLOCK_MONOTONIC.
     pub at: Duration,
@@ -94,7 +104,10 @@ fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample>
     let sample = Sample {
         cookie: owner >> COOKIE_SHIFT,
         opens: has(FOR_OPENED),
-        pid,
+        process: Traced {
+            pid,
+            started: number(STARTED),
+        },
         tid,
         at,
         ip: number(IP),
@@ -136,7 +149,7 @@ mod tests {
         assert_eq!(take(&slot, |_| false), None);
         let sample = take(&slot, |at| at == Duration::from_secs(2)).unwrap();
         assert_eq!((sample.cookie, sample.opens), (77, false));
-        assert_eq!((sample.pid, sample.tid), (10, 11));
+        assert_eq!((sample.process.pid, sample.tid), (10, 11));
         assert_eq!(sample.stack, b"abcdefghijklmnop");
         assert_eq!(slot[OWNER].load(Ordering::Relaxed), 0);
         assert_eq!(take(&slot, |_| true), None);

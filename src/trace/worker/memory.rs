@@ -66,6 +66,12 @@ impl Memory {
         (address < code.end).then_some(code)
     }
 
+    /// Whether each file is where it was before.
+    pub fn has_all_files_of(&self, before: &Memory) -> bool {
+        let mut code = before.code.iter();
+        code.all(|code| code.from == From::RunTime || self.at(code.start) == Some(code))
+    }
+
     /// The last address of code.
     pub fn end(&self) -> u64 {
         self.code.last().map_or(0, |code| code.end)
@@ -166,6 +172,8 @@ mod tests {
         let path = memory.path(code, file).unwrap();
         assert!(open(&path).unwrap().metadata().unwrap().is_file());
         assert_eq!(memory.at(0), None);
+        assert!(memory.has_all_files_of(&Memory::read(pid).unwrap()));
+        assert!(!Memory::default().has_all_files_of(&memory));
     }
 
     #[test]

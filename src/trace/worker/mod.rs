@@ -133,12 +133,16 @@ fn read_question(from: &mut impl Read) -> io::Result<Option<Input>> {
 /// The traced process.
 struct Traced {
     pid: i32,
+    /// The file that it runs, by device and inode.
+    program: Option<(u64, u64)>,
     memory: Memory,
     read_at: Instant,
     unwinder: Unwinder,
     names: Names,
     /// The stacks that were answered, by their addresses.
     known: HashMap<Vec<u64>, Known>,
+    /// The number of stacks that were answered before `known` was emptied.
+    before: usize,
     problems: BTreeSet<Problem>,
 }
 
@@ -158,30 +162,32 @@ impl Traced {
         }
         Ok(Traced {
             pid,
+            program: program(pid),
             memory,
             read_at: Instant::now(),
             unwinder: Unwinder::default(),
             names: Names::new(pid, runtime, read_perf_map(pid)),
             known: HashMap::new(),
+            before: 0,
             problems: BTreeSet::new(),
         })
     }
 
     fn answer(&mut self, input: &Input) -> Answer {
+        if program(self.pid) != self.program {
+            self.read_again();
+        }
         let (mut addresses, mut end) = self.unwinder.unwind(input, &self.memory);
         let is_known = |address: &u64| self.memory.at(*address).is_some();
         if !addresses.iter().all(is_known) && self.read_at.elapsed() > REFRESH {
             // A library was loaded meanwhile, or code was made.
-            if let Ok(memory) = Memory::read(self.pid) {
-                self.memory = memory;
-                (addresses, end) = self.unwinder.unwind(input, &self.memory);
-            }
-            self.read_at = Instant::now();
+            self.read_again();
+            (addresses, end) = self.unwinder.unwind(input, &self.memory);
         }
-        let next = self.known.len();
+        let next = self.before + self.known.len();
         let known = self.known.get(&addresses).map(|known| known.number);
         // A program that makes more has code that is different each time. The last one stands for the rest.
-        let known = known.or((next == MAX_STACKS).then(|| next - 1));
+        let known = known.or((next >= MAX_STACKS).then(|| next - 1));
         if let Some(number) = known {
             return Answer {
                 number,
@@ -194,6 +200,28 @@ impl Traced {
         Answer {
             number: next,
             stack: Some(stack),
+        }
+    }
+
+    /// Reads again which code is where. If the process has ended, what was read stays.
+    fn read_again(&mut self) {
+        self.read_at = Instant::now();
+        let Ok(memory) = Memory::read(self.pid) else {
+            return;
+        };
+        if !memory.has_all_files_of(&self.memory) {
+            // An address may be of other code now. The numbers go on.
+            self.unwinder = Unwinder::default();
+            self.before += self.known.len();
+            self.known.clear();
+        }
+        self.memory = memory;
+        if let Some(now) = program(self.pid)
+            && self.program != Some(now)
+        {
+            self.program = Some(now);
+            let (runtime, _) = about_program(self.pid, self.memory.runtime());
+            self.names = Names::new(self.pid, runtime, read_perf_map(self.pid));
         }
     }
 
@@ -254,6 +282,12 @@ impl Traced {
             problems: self.problems,
         }
     }
+}
+
+/// The device and inode of the file that a process runs. A program that it starts in its own place has another one.
+fn program(pid: i32) -> Option<(u64, u64)> {
+    let metadata = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 /// A stack that was answered.
