@@ -22,7 +22,7 @@ use symbols::Symbols;
 const TICK: Duration = Duration::from_millis(100);
 /// A socket that is closed within this time after its end was read is no leak, and its stack is not looked at.
 const SETTLE: Duration = Duration::from_millis(300);
-/// With more events in a tick than these, not each is sampled. A sample of an opened connection is looked at whatever becomes of it, one of
+/// With more events in a tick than these, not each is sampled. For reads, the connections count that the peer has closed. A sample of an opened connection is looked at whatever becomes of it, one of
 /// a read only if the socket stays open.
 const OPENED_PER_TICK: u64 = 25;
 const READS_PER_TICK: u64 = 200;
@@ -76,7 +76,7 @@ pub fn watch(
         symbols.collect();
         let counts = tracer.counts();
         tracer.sample_one_of(
-            one_of(counts.reads - seen.reads, READS_PER_TICK),
+            one_of(counts.closed_by_peer - seen.closed_by_peer, READS_PER_TICK),
             one_of(counts.opened - seen.opened, OPENED_PER_TICK),
         );
         seen = counts;

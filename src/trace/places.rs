@@ -97,20 +97,22 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
             continue;
         };
         found.new += 1;
-        found.unread += usize::from(life.read.is_none());
+        // The FIN counts as a byte that is not read.
+        let is_read = life.read.is_some() || target.socket.recv_q == 0;
+        found.unread += usize::from(!is_read);
         let stack = |opens| {
             let id: StackId = trace.symbols.place(cookie, opens)?;
             Some((id.process.pid, trace.symbols.stack(id)?))
         };
         let opened = stack(true);
-        let (key, pid, read) = match (life.read, stack(false)) {
-            (Some(_), Some((pid, stack))) => (Key::Read(pid, lines(stack)), pid, Some(stack)),
+        let (key, pid, read) = match (is_read, stack(false)) {
+            (true, Some((pid, stack))) => (Key::Read(pid, lines(stack)), pid, Some(stack)),
             // Somebody has read it, but it is not known where.
-            (Some(_), None) => {
+            (true, None) => {
                 found.unknown += 1;
                 continue;
             }
-            (None, _) => {
+            (false, _) => {
                 let owner = target.owners.first();
                 let pid = opened.map(|(pid, _)| pid);
                 let pid = pid.or(owner.map(|owner| owner.process.id.pid));

@@ -43,7 +43,7 @@ pub struct Life {
     pub cookie: u64,
     /// When the peer's FIN came; `None` if that was before the trace. All times are CLOCK_MONOTONIC.
     pub stuck_since: Option<Duration>,
-    /// Who read the end of the stream first, if somebody did during the trace.
+    /// Who read the end of the stream first, if that was during the trace and was sampled.
     pub read: Option<Call>,
     /// Who made or accepted the connection, if that was during the trace and was sampled.
     pub opened: Option<(Opened, Call)>,
@@ -67,9 +67,9 @@ pub enum Opened {
 /// What the programs have counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Ends that were read.
+    /// Ends that were read, and sampled.
     pub reads: u64,
-    /// Those of which no slot was free.
+    /// Those of them of which no slot was free.
     pub reads_without_slot: u64,
     /// Connections that were opened.
     pub opened: u64,

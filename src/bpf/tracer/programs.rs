@@ -156,6 +156,8 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
         .load(R2, SK, fields.sk_state)
         .if_not(R2, TCP_CLOSE_WAIT, end);
     if_tcp(&mut asm, &fields, end);
+    // An end that is not sampled leaves nothing: that it was read can be seen in the socket.
+    if_sampled(&mut asm, maps, READ_MASK, end);
     create_storage(&mut asm, maps, end);
     // if (mine[READ_AT]) return 0;
     asm.load_at(R1, MINE, at(READ_AT), Size::U64)
@@ -167,7 +169,6 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
         .call(Helper::CurrentPid)
         .store_at(MINE, at(READ_BY), Size::U64, R0);
     count(&mut asm, maps, READ_COUNT);
-    if_sampled(&mut asm, maps, READ_MASK, end);
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
     // mine[READ_SLOT] = index + 1;
