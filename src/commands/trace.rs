@@ -1,6 +1,7 @@
 //! `cwkill trace`: watches who reads the end of streams, and reports the lines of code that leave sockets stuck.
 
 use anyhow::{Context, ensure};
+use nix::errno::Errno;
 
 use super::{
     hand_down_capabilities_and_start_threads, open_proc, refuse, say_hints, say_notes,
@@ -40,7 +41,13 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     let types = KernelTypes::default();
     let proc = open_proc(use_iterator, false, &host_root, &scope.selectors, &types)?;
     drop(types);
-    let tracer = Tracer::attach().context("cannot trace")?;
+    let tracer = Tracer::attach().map_err(|error| {
+        let hint = match error.errno() {
+            Errno::EPERM => ": it takes root, or CAP_BPF and CAP_PERFMON",
+            _ => "",
+        };
+        anyhow::Error::from(error).context(format!("cannot trace{hint}"))
+    })?;
     let mut needed = capabilities::to_find(&scope.netns, true, scope.selectors.selects_owners());
     needed.extend(worker::CAPABILITIES);
     // The processes that read symbols get them, too.

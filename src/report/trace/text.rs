@@ -8,7 +8,7 @@ use anstyle::{AnsiColor, Style as Paint};
 use crate::bpf::tracer::Opened;
 use crate::report::table::place as place_of_process;
 use crate::sys::monotonic;
-use crate::text::{broken, counted, escape, seconds};
+use crate::text::{broken, columns_of, counted, escape, seconds};
 use crate::trace::Trace;
 use crate::trace::places::{Place, Places};
 use crate::trace::stack::{End, Frame, Origin, Stack};
@@ -150,7 +150,10 @@ fn write_stack(stack: &Stack, style: Style, out: &mut dyn Write) -> io::Result<(
             true => "   > ",
             false => "     ",
         };
-        let line = format!("{mark}{}", frame_text(frame));
+        let room = style
+            .columns
+            .map(|columns| columns.saturating_sub(mark.len()));
+        let line = format!("{mark}{}", frame_text(frame, room));
         let paint = match frame.origin {
             Origin::Runtime => Paint::new().dimmed(),
             Origin::Own if Some(at) == marked => Paint::new().fg_color(Some(AnsiColor::Red.into())),
@@ -190,13 +193,28 @@ fn frames_shown(stack: &Stack, all: bool) -> usize {
     }
 }
 
-/// The function, and its file and line, or the file that has the code.
-fn frame_text(frame: &Frame) -> String {
+/// The function, and its file and line, or the file that has the code. The directory of the file is left out where it is of no use, or has
+/// no room.
+fn frame_text(frame: &Frame, room: Option<usize>) -> String {
+    let whole = escape(&with_place(frame, frame.origin == Origin::Own));
+    match room.is_some_and(|room| columns_of(&whole) > room) {
+        true => escape(&with_place(frame, false)),
+        false => whole,
+    }
+}
+
+fn with_place(frame: &Frame, with_directory: bool) -> String {
     let base = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
     let module = frame.module.as_deref().map(base);
     let place = match (&frame.file, frame.line) {
-        (Some(file), Some(line)) => format!("{file}:{line}"),
-        (Some(file), None) => file.clone(),
+        (Some(file), line) => {
+            let file = match with_directory {
+                true => file.clone(),
+                false => base(file),
+            };
+            let line = line.map_or_else(String::new, |line| format!(":{line}"));
+            file + &line
+        }
         (None, _) => match &module {
             Some(module) => format!("{module}+{:#x}", frame.address),
             None => format!("{:#x}", frame.address),
@@ -204,7 +222,7 @@ fn frame_text(frame: &Frame) -> String {
     };
     let function = frame.function.as_deref().unwrap_or("?");
     let inlined = if frame.inlined { " (inlined)" } else { "" };
-    escape(&format!("{function}{inlined}  {place}"))
+    format!("{function}{inlined}  {place}")
 }
 
 fn painted(text: &str, paint: Paint, style: Style) -> String {
@@ -256,15 +274,19 @@ mod tests {
     #[test]
     fn a_frame_without_lines_has_its_address() {
         let mut frame = frame("leak", Origin::Own);
-        assert_eq!(frame_text(&frame), "leak  app+0x1234");
-        (frame.file, frame.line) = (Some("a.c".into()), Some(9));
-        assert_eq!(frame_text(&frame), "leak  a.c:9");
+        assert_eq!(frame_text(&frame, None), "leak  app+0x1234");
+        (frame.file, frame.line) = (Some("/src/a.c".into()), Some(9));
+        assert_eq!(frame_text(&frame, None), "leak  /src/a.c:9");
+        assert_eq!(frame_text(&frame, Some(16)), "leak  /src/a.c:9");
+        assert_eq!(frame_text(&frame, Some(15)), "leak  a.c:9");
+        frame.origin = Origin::Runtime;
+        assert_eq!(frame_text(&frame, None), "leak  a.c:9");
     }
 
     /// A name comes from a file that may be hostile.
     #[test]
     fn a_name_cannot_move_the_cursor() {
-        let text = frame_text(&frame("a\u{1b}[2Jb\nc", Origin::Own));
+        let text = frame_text(&frame("a\u{1b}[2Jb\nc", Origin::Own), None);
         assert!(!text.contains(['\u{1b}', '\n']), "{text}");
     }
 
