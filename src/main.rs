@@ -9,6 +9,9 @@ use cwkill::commands;
 
 fn main() -> ExitCode {
     commands::prepare();
+    if let Some(code) = commands::serve_trace() {
+        return code;
+    }
     let cli = Cli::try_parse().unwrap_or_else(|error| commands::refuse(&error));
     commands::run(cli)
 }

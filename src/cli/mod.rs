@@ -78,10 +78,9 @@ pub enum Command {
     /// Show who leaks, why, how fast, and what to do next; never acts
     Diagnose(DiagnoseArgs),
     /// Show which line of code leaves sockets stuck; never acts
+    // Without the feature it only says so.
+    #[cfg_attr(not(feature = "trace"), command(hide = true))]
     Trace(TraceArgs),
-    /// Reads the symbols of a traced process
-    #[command(hide = true)]
-    TraceSymbols { pid: i32 },
     /// Compare the stuck sockets with thresholds, as a monitoring plugin
     Check(CheckArgs),
     /// Check which methods work on this host and what to fix
@@ -116,7 +115,8 @@ pub struct Args {
         value_name = "N|all",
         value_parser = values::limit,
         conflicts_with_all = ["json", "jsonl", "quiet"],
-        help_heading = "Output"
+        help_heading = "Output",
+        hide_short_help = true
     )]
     pub limit: Option<Limit>,
 }

@@ -56,6 +56,23 @@ pub fn prepare() {
     ignore_signals_of_writes();
 }
 
+/// Runs the process that reads symbols for `cwkill trace`, if this is one. Its command line is not one for people, so neither the help nor
+/// the completions have it.
+pub fn serve_trace() -> Option<ExitCode> {
+    #[cfg(feature = "trace")]
+    {
+        let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+        if let [command, pid] = &words[..]
+            && command == crate::trace::symbols::COMMAND
+            && let Some(pid) = pid.to_str().and_then(|pid| pid.parse().ok())
+        {
+            let served = trace::read_symbols(pid);
+            return Some(served.unwrap_or(ExitStatus::Impossible).into());
+        }
+    }
+    None
+}
+
 /// Runs the command, and returns the exit status.
 pub fn run(cli: Cli) -> ExitCode {
     let none_is_ok = match &cli.command {
@@ -72,11 +89,9 @@ pub fn run(cli: Cli) -> ExitCode {
         Some(Command::Diagnose(args)) => diagnose::run(args).map(code),
         #[cfg(feature = "trace")]
         Some(Command::Trace(args)) => trace::run(args).map(code),
-        #[cfg(feature = "trace")]
-        Some(Command::TraceSymbols { pid }) => trace::read_symbols(pid).map(code),
         #[cfg(not(feature = "trace"))]
-        Some(Command::Trace(_) | Command::TraceSymbols { .. }) => Err(anyhow!(
-            "this cwkill was built without `trace`: build it with --features trace"
+        Some(Command::Trace(_)) => Err(anyhow::anyhow!(
+            "cannot trace: this cwkill was built without the feature `trace`"
         )),
         Some(Command::Check(args)) => return check::run(args),
         Some(Command::Doctor(args)) => doctor::run(&args),

@@ -7,6 +7,10 @@
     reason = "system calls that nix, rustix and socket2 do not wrap, each block argued"
 )]
 
+#[cfg_attr(
+    not(feature = "trace"),
+    expect(dead_code, unused_imports, reason = "a part of it is only for `trace`")
+)]
 pub mod bpf;
 pub mod caller;
 mod duplicate;
@@ -19,11 +23,9 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-use nix::time::{ClockId, clock_gettime};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 pub use duplicate::Duplicate;
@@ -44,8 +46,10 @@ pub fn os_error(errno: &Errno) -> io::Error {
 }
 
 /// CLOCK_MONOTONIC.
-pub fn monotonic() -> Duration {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
+#[cfg(feature = "trace")]
+pub fn monotonic() -> std::time::Duration {
+    use nix::time::{ClockId, clock_gettime};
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or_else(|_| std::time::Duration::ZERO, Into::into)
 }
 
 /// The number of a descriptor in the table of *another* process. It is not a descriptor of cwkill.

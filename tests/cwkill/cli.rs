@@ -169,6 +169,7 @@ fn a_short_help_is_short_and_a_long_one_has_all() -> Result<()> {
     cli.build();
     let commands = [
         "diagnose",
+        "trace",
         "check",
         "doctor",
         "reclaim",

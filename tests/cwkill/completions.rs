@@ -84,6 +84,10 @@ fn bash_completes_every_option_and_command() -> Result<()> {
 fn zsh_and_fish_complete_every_option_and_command() -> Result<()> {
     let root = built();
     let (zsh, fish) = (completion(Shell::Zsh)?, completion(Shell::Fish)?);
+    // The process that reads symbols for `cwkill trace` is not for people.
+    for script in [&zsh, &fish, &completion(Shell::Bash)?] {
+        assert!(!script.contains("symbols"), "{script}");
+    }
     for (line, options) in wanted() {
         let name = line.split(' ').nth(1);
         // The part for one command: zsh has a branch for it, fish a condition in each line.
