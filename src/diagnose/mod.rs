@@ -43,7 +43,7 @@ use limit::ReachedLimit;
 use origin::{ListeningPort, Single};
 use pairing::OtherLeg;
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
-use verdict::{Circumstance, Condition};
+use verdict::{Circumstance, Condition, Verdict};
 
 /// The default time between the two scans.
 pub const DEFAULT_SAMPLE: Duration = Duration::from_secs(5);
@@ -204,6 +204,8 @@ pub struct ProcessDiagnosis {
     pub accepting: Vec<ListeningPort>,
     /// The commands to run, the first one first.
     pub suggestions: Vec<Suggestion>,
+    /// The command that names the line of code that leaks.
+    pub trace: Option<Suggestion>,
 }
 
 /// Descriptors of TCP sockets that are in no table of the kernel.
@@ -263,6 +265,15 @@ impl ProcessDiagnosis {
             (_, None) if self.per_connection => Circumstance::PerConnection,
             (_, None) => Circumstance::None,
         }
+    }
+
+    /// Whether it has read sockets to their end and has not closed them, for no other reason than its own code.
+    fn leaks_itself(&self) -> bool {
+        let mut causes = self.held.causes.iter();
+        self.other_legs.is_none()
+            && causes.any(|(&cause, sockets)| {
+                Verdict::of(cause, sockets, self.circumstance()) == Verdict::Leak
+            })
     }
 
     /// Whether the report of `other` can be merged with the report of this process: both are one of many with one connection each.
@@ -377,6 +388,8 @@ pub fn run(
         &mut listeners,
     );
     let is_own_pid_namespace = proc.shows_own_pid_namespace();
+    // It tells processes by their pids in the first pid namespace.
+    let can_trace = cfg!(feature = "trace") && proc.shows_every_process();
     for diagnosis in processes.iter_mut().take(MAX_SHOWN) {
         let process = &diagnosis.process;
         let before = uninterruptible.get(&process.id);
@@ -399,7 +412,7 @@ pub fn run(
         }
         let status = &diagnosis.status;
         let inside = Inside::of(&diagnosis.process.cgroup, &status.pids);
-        diagnosis.suggestions = suggest::suggest(SuggestionInput {
+        let input = SuggestionInput {
             inside: inside.as_ref(),
             pid: diagnosis.process.id.pid,
             runtime: diagnosis.runtime,
@@ -410,7 +423,10 @@ pub fn run(
             reached: ReachedLimit::of(diagnosis.used(), status),
             inherited_from: diagnosis.inherited_from.as_deref(),
             per_connection: diagnosis.per_connection,
-        });
+            leaks: diagnosis.leaks_itself(),
+        };
+        let trace = suggest::trace(input).filter(|_| can_trace);
+        (diagnosis.suggestions, diagnosis.trace) = (suggest::suggest(input), trace);
     }
     Ok(Diagnosis {
         is_own_pid_namespace,
@@ -620,6 +636,7 @@ fn diagnose_processes(
             runtime: LanguageRuntime::of(status.executable.as_deref(), &process.comm),
             accepting: Vec::new(),
             suggestions: Vec::new(),
+            trace: None,
             inherited_from: None,
             single_connection: None,
             per_connection: false,

@@ -147,6 +147,8 @@ pub struct SuggestionInput<'a> {
     pub per_connection: bool,
     /// The way into its container, if it is in one.
     pub inside: Option<&'a Inside>,
+    /// It reads to the end and does not close, and not because of a leg of a proxy.
+    pub leaks: bool,
 }
 
 impl SuggestionInput<'_> {
@@ -218,6 +220,38 @@ pub fn suggest(process: SuggestionInput<'_>) -> Vec<Suggestion> {
     };
     let suggestion = |(command, remark)| Suggestion { command, remark };
     commands.into_iter().map(suggestion).collect()
+}
+
+/// The command that names the line of code that leaks; `None` if that would name nothing. It must run on the host, so the pid is the one
+/// there. It is beside the others: it takes a while, and none of them waits for it.
+pub fn trace(process: SuggestionInput<'_>) -> Option<Suggestion> {
+    // One process of many with one connection each reads the end of no second one.
+    let is_own_leak = process.leaks && process.inherited_from.is_none() && !process.per_connection;
+    if !is_own_leak || process.condition != Condition::Normal {
+        return None;
+    }
+    let needs = match process.runtime {
+        None | Some(LanguageRuntime::Go) => String::new(),
+        Some(LanguageRuntime::Jvm) => {
+            let map = inside_or_here(process, false, &|pid| {
+                format!("jcmd {pid} Compiler.perfmap")
+            });
+            format!(
+                "; for names start Java with -XX:+PreserveFramePointer, and run `{map}` meanwhile"
+            )
+        }
+        Some(LanguageRuntime::Python) => {
+            "; for names start it with `python3 -X perf`, from 3.12".to_owned()
+        }
+        // The stack has only functions of the runtime.
+        Some(LanguageRuntime::Node | LanguageRuntime::Ruby | LanguageRuntime::DotNet) => {
+            return None;
+        }
+    };
+    Some(Suggestion {
+        command: format!("cwkill trace --pid {} --for 1m", process.pid),
+        remark: format!("for sockets that become stuck meanwhile{needs}"),
+    })
 }
 
 /// The command that closes the descriptors of stuck or dead sockets inside the process.
@@ -425,6 +459,7 @@ mod tests {
             inherited_from: None,
             per_connection: false,
             inside: None,
+            leaks: true,
         }
     }
 
@@ -598,6 +633,67 @@ mod tests {
             ..one
         };
         assert_eq!(commands(stopped), ["kill -CONT 42"]);
+    }
+
+    #[test]
+    fn a_trace_is_suggested_where_it_names_a_line() {
+        use LanguageRuntime::{DotNet, Go, Jvm, Node, Python, Ruby};
+        let of = |runtime| input(runtime, Condition::Normal);
+        let native = trace(of(None)).unwrap();
+        assert_eq!(native.command, "cwkill trace --pid 42 --for 1m");
+        assert_eq!(native.remark, "for sockets that become stuck meanwhile");
+        assert_eq!(trace(of(Some(Go))), Some(native));
+        let java = trace(of(Some(Jvm))).unwrap().remark;
+        assert!(java.contains("`jcmd 42 Compiler.perfmap`"), "{java}");
+        let python = trace(of(Some(Python))).unwrap().remark;
+        assert!(python.contains("`python3 -X perf`"), "{python}");
+        for runtime in [Node, Ruby, DotNet] {
+            assert_eq!(trace(of(Some(runtime))), None);
+        }
+        for condition in [
+            Condition::Stopped,
+            Condition::Frozen,
+            Condition::Traced,
+            Condition::Uninterruptible,
+            Condition::ThreadUninterruptible(43),
+            Condition::Zombie,
+            Condition::Exited,
+        ] {
+            assert_eq!(trace(input(None, condition)), None, "{condition:?}");
+        }
+        let from = crate::proc::testdata::process(7, "server");
+        for not_its_own in [
+            SuggestionInput {
+                leaks: false,
+                ..of(None)
+            },
+            SuggestionInput {
+                inherited_from: Some(&from),
+                ..of(None)
+            },
+            SuggestionInput {
+                per_connection: true,
+                ..of(None)
+            },
+        ] {
+            assert_eq!(trace(not_its_own), None, "{not_its_own:?}");
+        }
+    }
+
+    /// cwkill traces from the host, and jcmd has to be in the container.
+    #[test]
+    fn a_trace_has_the_pid_of_the_host() {
+        let cgroup = crate::diagnose::inside::tests::cgroup;
+        let docker = cgroup("/docker/{ID}", Some("my-leaky-app"), None);
+        let inside = Inside::of(&docker, &[42, 1]);
+        let java = trace(SuggestionInput {
+            inside: inside.as_ref(),
+            ..input(Some(LanguageRuntime::Jvm), Condition::Normal)
+        });
+        let java = java.unwrap();
+        assert_eq!(java.command, "cwkill trace --pid 42 --for 1m");
+        let map = "`docker exec my-leaky-app jcmd 1 Compiler.perfmap`";
+        assert!(java.remark.contains(map), "{java:?}");
     }
 
     #[test]

@@ -205,6 +205,7 @@ struct JsonProcess<'a> {
     descriptors: JsonDescriptorCounts,
     next: Option<JsonSuggestion<'a>>,
     then: Option<JsonSuggestion<'a>>,
+    trace: Option<JsonSuggestion<'a>>,
 }
 
 #[derive(Serialize)]
@@ -360,6 +361,7 @@ fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
         },
         next: diagnosis.suggestions.first().map(suggestion),
         then: diagnosis.suggestions.get(1).map(suggestion),
+        trace: diagnosis.trace.as_ref().map(suggestion),
     }
 }
 

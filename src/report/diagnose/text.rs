@@ -33,6 +33,9 @@ pub fn write(
     let process = |(process, similar): &(&ProcessDiagnosis, Vec<&ProcessDiagnosis>)| {
         let mut block = wrapped(&process_block(process, similar, diagnosis.elapsed), columns);
         push_suggestions(&mut block, &process.suggestions, columns);
+        if let Some(trace) = &process.trace {
+            push_suggestion(&mut block, "where in the code", trace, columns);
+        }
         block
     };
     let processes_shown: Vec<String> = processes.iter().take(MAX_SHOWN).map(process).collect();
@@ -135,17 +138,24 @@ fn wrapped(block: &str, columns: Option<usize>) -> String {
 /// The commands to run next. They are not broken, so that they can be copied; what they do stands below if it has no room beside.
 fn push_suggestions(block: &mut String, suggestions: &[Suggestion], columns: Option<usize>) {
     let words = ["next", "then"].into_iter().zip(suggestions);
-    for (word, Suggestion { command, remark }) in words {
-        let line = format!("  {word}: {command}");
-        let whole = format!("{line}  ({remark})");
-        match columns {
-            Some(columns) if columns_of(&whole) > columns => {
-                let remark = wrapped(&format!("    ({remark})"), Some(columns));
-                let _ = write!(block, "\n{line}\n{remark}");
-            }
-            _ => {
-                let _ = write!(block, "\n{whole}");
-            }
+    words.for_each(|(word, suggestion)| push_suggestion(block, word, suggestion, columns));
+}
+
+fn push_suggestion(
+    block: &mut String,
+    word: &str,
+    Suggestion { command, remark }: &Suggestion,
+    columns: Option<usize>,
+) {
+    let line = format!("  {word}: {command}");
+    let whole = format!("{line}  ({remark})");
+    match columns {
+        Some(columns) if columns_of(&whole) > columns => {
+            let remark = wrapped(&format!("    ({remark})"), Some(columns));
+            let _ = write!(block, "\n{line}\n{remark}");
+        }
+        _ => {
+            let _ = write!(block, "\n{whole}");
         }
     }
 }

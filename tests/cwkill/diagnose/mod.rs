@@ -112,6 +112,12 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
             "stopped" => assert_eq!(command, format!("kill -CONT {pid}")),
             _ => assert!(command.starts_with(&format!("gdb -p {pid} ")), "{command}"),
         }
+        // Only one of them has read the end. The others wait, or have not come so far.
+        let trace = match leak.scenario().name {
+            "drained" => json!(format!("cwkill trace --pid {pid} --for 1m")),
+            _ => json!(null),
+        };
+        assert_eq!(process["trace"]["command"], trace);
     }
     let frozen = process(&document, stopped.app().pid())?;
     assert_eq!(frozen["condition"], json!("stopped"));
