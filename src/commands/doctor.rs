@@ -7,7 +7,7 @@ use anyhow::Context;
 use super::{drop_capabilities_and_start_threads, proc_with_names, time_and_place};
 use crate::bpf::KernelTypes;
 use crate::cli::DoctorArgs;
-use crate::doctor;
+use crate::doctor::{self, tracing::Tracing};
 use crate::filter::selectors::Selectors;
 use crate::finder::way::{self, NotUsed};
 use crate::injector::way::ByIterator;
@@ -26,8 +26,9 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let types = KernelTypes::default();
     let iterator = way::works(&proc, &types).map_err(why);
     let destroyer = ByIterator::works(&proc, &types).map_err(why);
+    let tracing = Tracing::examine(&proc);
     drop_capabilities_and_start_threads(&needed, None);
-    let examination = doctor::examine(&proc, iterator, destroyer)?;
+    let examination = doctor::examine(&proc, iterator, destroyer, tracing)?;
     let written = write_out(|out| match args.json {
         true => report::write_json(&examination, &time_and_place, out),
         false => report::write_text(&examination, columns(), out),

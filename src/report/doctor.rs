@@ -13,6 +13,7 @@ use crate::doctor::container_names::{ContainerNames, NameCounts};
 use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
 use crate::doctor::missing::{Missing, MissingOption};
 use crate::doctor::row::{MethodRow, Support};
+use crate::doctor::tracing::Tracing;
 use crate::doctor::trials::TrialResult;
 use crate::finder::way::MANY_FILES;
 use crate::model::TimeAndPlace;
@@ -502,6 +503,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
             (None, None) => None,
         },
     );
+    checks.push(trace_check(&examination.tracing));
     checks.push(match container_names {
         Ok(counts) => names_check(counts),
         Err(error) => check("container names", Some(false), error.clone()),
@@ -526,6 +528,34 @@ fn events_check(sent: EventsSent) -> CheckLine {
         name: "gateway events",
         ok: Some(sent != EventsSent::Never),
         detail: detail.to_owned(),
+    }
+}
+
+/// Whether `cwkill trace` works.
+fn trace_check(tracing: &Tracing) -> CheckLine {
+    let (ok, detail) = match tracing {
+        Tracing::Works { no_accepts: None } => (
+            Some(true),
+            "the line of code that leaks is found, and who accepted the connection".to_owned(),
+        ),
+        Tracing::Works {
+            no_accepts: Some(why),
+        } => (
+            Some(true),
+            format!(
+                "the line of code that leaks is found, but not who accepted the connection: {why}"
+            ),
+        ),
+        Tracing::Not(why) => (Some(false), why.clone()),
+        Tracing::NotBuilt => (
+            None,
+            "this cwkill was built without the feature `trace`".to_owned(),
+        ),
+    };
+    CheckLine {
+        name: "trace",
+        ok,
+        detail,
     }
 }
 

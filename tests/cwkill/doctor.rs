@@ -34,6 +34,8 @@ pub const TESTS: &[Test] = &[
     once!(a_reader_that_leaves_early_is_not_an_error),
     once!(what_a_container_lacks_is_named),
     once!(another_pid_namespace_is_named),
+    once!(doctor_says_whether_a_trace_works),
+    once!(a_trace_works_for_root_of_the_machine).needs(Need::Iterator),
     once!(doctor_agrees_for_an_unprivileged_user).needs(Need::RootOfTheMachine),
     once!(doctor_agrees_on_sockets_of_other_users).needs(Need::RootOfTheMachine),
     once!(a_proc_that_hides_processes_is_named).needs(Need::RootOfTheMachine),
@@ -617,5 +619,56 @@ fn another_pid_namespace_is_named() -> Result<()> {
     let options = missing_options(&document);
     let is_named = options.contains(&"--pid=host".to_owned()) || manifest.contains("hostPID: true");
     assert!(is_named, "{confinement}");
+    Ok(())
+}
+
+/// The line about `cwkill trace`: whether it works, and the detail.
+fn trace_line(document: &Value) -> Result<(Value, String)> {
+    let mut checks = document["checks"].as_array().context("no checks")?.iter();
+    let line = checks.find(|check| check["name"] == "trace");
+    let line = line.context("no line")?;
+    Ok((line["ok"].clone(), at(line, "/detail")))
+}
+
+fn doctor_says_whether_a_trace_works() -> Result<()> {
+    let lab = Lab::new()?;
+    let words = "--pid --fork --mount-proc --kill-child";
+    let inside = lab.app_host().command("unshare").args(words.split(' '));
+    let cases = [
+        (
+            plain(
+                lab.app_host().command(CWKILL).capabilities(&[]),
+                &["doctor", "--json"],
+            )?,
+            "it needs CAP_BPF and CAP_PERFMON",
+        ),
+        (
+            plain(without(&lab, "bpf")?, &["doctor", "--json"])?,
+            "a seccomp filter",
+        ),
+        (
+            ran(inside.args([CWKILL, "doctor", "--json"]))?,
+            "inside a pid namespace",
+        ),
+    ];
+    for (ran, why) in cases {
+        let (works, detail) = trace_line(&ran.json())?;
+        assert_eq!(works, Value::from(false), "{detail}");
+        assert!(detail.contains(why), "{detail}");
+    }
+    Ok(())
+}
+
+fn a_trace_works_for_root_of_the_machine() -> Result<()> {
+    let lab = Lab::new()?;
+    let document = plain(lab.app_host().command(CWKILL), &["doctor", "--json"])?.json();
+    let (works, detail) = trace_line(&document)?;
+    assert_eq!(works, Value::from(true), "{detail}");
+    let found = "the line of code that leaks is found, ";
+    let accepts = detail.strip_prefix(found).context(detail.clone())?;
+    // This depends on the kernel.
+    let is_known = accepts == "and who accepted the connection";
+    let is_not = accepts.starts_with("but not who accepted the connection: ");
+    assert!(is_known || is_not, "{detail}");
     Ok(())
 }
