@@ -440,13 +440,12 @@ impl Session {
         self.status = ran.code.with_context(|| format!("killed: {ran:?}"))?;
         let stdout = NAMESPACES_OF_OTHERS.replace_all(&ran.stdout, "");
         let lines = stdout.lines().map(|line| match &pid {
-            Some(pid) => {
-                ["/", "-p "]
-                    .into_iter()
-                    .fold(line.trim_end().to_owned(), |line, before| {
-                        line.replace(&format!("{before}{pid}"), &format!("{before}{WRITTEN_PID}"))
-                    })
-            }
+            Some(pid) => ["/", "-p ", "--pid "].into_iter().fold(
+                line.trim_end().to_owned(),
+                |line, before| {
+                    line.replace(&format!("{before}{pid}"), &format!("{before}{WRITTEN_PID}"))
+                },
+            ),
             None => line.trim_end().to_owned(),
         });
         Ok(lines.collect())
