@@ -18,7 +18,7 @@
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`privileges`]: rights, and giving them up; [`history`]: the sockets that earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
 //! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process; [`drain`]: freeing the slots of dead connections in a backlog |
-//! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
+//! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here; `trace`: the lines of code that leak |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
 //! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
 //! | the daemon | [`daemon`]: its configuration and its policies, the numbers of its sweeps, and how they are served |
@@ -54,9 +54,15 @@
 //! - **cookie**: the number that the kernel gives to a socket and to no later one. With it, cwkill asks for exactly this socket.
 //! - **inode**: the number of the file of a socket. It links a socket of the kernel's tables with the descriptors in /proc. A socket
 //!   without a file has none: it was never accepted, or its owner has closed it.
-//! - **place**: an address, with the interface to which its socket is bound.
+//! - **place**: an address, with the interface to which its socket is bound. Of a trace: the lines of code that read the end of streams and
+//!   leave their sockets open, or that open connections whose end nobody reads.
 //! - **address gone**: a socket has lost its local address: it is not an address of this host any more, and the kernel delivers no
 //!   segment to it.
+//! - **trace**: to watch, by programs of the kernel, who opens connections and who reads the end of their streams. A **sample** is what a
+//!   program keeps of a thread: its registers and the top of its stack. It is in a **slot**, a part of a fixed amount of memory, until
+//!   cwkill takes it or the socket leaves CLOSE-WAIT.
+//! - **own frame**: a function on a stack that is of the program itself, not of the C library, a language or what runs programs. The first one is
+//!   marked.
 //! - **cause**: why a socket is stuck, from its queues and its inode.
 //! - **method**: a way to close a socket: probe, shutdown, destroy, rst.
 //! - **plan**: the methods to try on a target, in order. **exclusion**: why a method is not among them. **skip**: why a target is left alone.
