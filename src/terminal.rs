@@ -67,7 +67,7 @@ pub(crate) fn print_usage(error: &clap::Error) {
     };
 }
 
-/// Ignores the signals with which the kernel answers a write. cwkill starts no other program that could inherit this.
+/// Ignores the signals with which the kernel answers a write. cwkill starts no other program that could inherit this: only itself.
 ///
 /// - SIGXFSZ: a write beyond RLIMIT_FSIZE then fails with EFBIG, as on a full disk. By default the signal would end cwkill after its
 ///   acts, and their result would be lost.

@@ -38,8 +38,8 @@ pub struct Examination {
 }
 
 /// Examines the host. `iterator`: whether the kernel's iterator over all descriptors works, tried before privileges were dropped.
-/// `destroyer`: the iterator that destroys sockets, loaded before. `tracing`: whether `cwkill trace` works, tried before. This takes about a second, because a probe waits until its socket has
-/// been quiet for a second.
+/// `destroyer`: the iterator that destroys sockets, loaded before. `tracing`: whether `cwkill trace` works, tried before. This takes about
+/// a second, because a probe waits until its socket has been quiet for a second.
 ///
 /// # Errors
 /// The capabilities of this process cannot be read.

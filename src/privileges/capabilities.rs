@@ -1,8 +1,8 @@
 //! Least privilege: the capabilities that a command needs, and how cwkill drops all others.
 //!
 //! A thread inherits the capabilities of the thread that starts it, so cwkill drops them before it starts the first one. cwkill
-//! starts no other program. If an attacker makes it start one, no_new_privs and an empty bounding set keep that program from gaining
-//! privileges.
+//! starts no other program than itself, to read symbols (`trace`). If an attacker makes it start one, no_new_privs and an empty bounding
+//! set keep that program from gaining privileges.
 
 use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};

@@ -621,6 +621,10 @@ mod tests {
             "java/4711: 3 stuck\n  3 drained: it has read all bytes, and\n    has not closed\n  \
              next: gdb -p 4711 -batch -ex 'thread apply all bt'\n    (stops it while symbols load, which\n    can take long)"
         );
+        let mut traced = narrow.clone();
+        push_suggestion(&mut traced, "where in the code", &suggestion, None);
+        let last = traced.lines().last();
+        assert!(last.is_some_and(|line| line.starts_with("  where in the code: gdb ")));
         // The command takes two rows.
         assert_eq!(height(&narrow, Some(40)), narrow.lines().count() + 2);
     }
