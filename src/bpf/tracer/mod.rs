@@ -123,12 +123,14 @@ impl Tracer {
     /// The kernel lacks something that the programs need (Linux 6.3), or refuses them. That a kernel cannot tell of accepted connections is
     /// no error: see [`Tracer::detach`].
     pub fn attach() -> Result<Self, BpfError> {
+        let btf = &Btf::of_kernel(&NAMES)?;
+        // What an old kernel lacks comes before the maps, whose memory it counts as locked (until Linux 5.11): EPERM would mislead.
+        btf.tracepoint("sock_recv_length")?;
         let maps = Maps {
             lives: SocketStorage::new()?,
             slots: Shared::groups(READS + OPENED, SLOT)?,
             counters: Shared::groups(1, COUNTERS)?,
         };
-        let btf = &Btf::of_kernel(&NAMES)?;
         let (program, target) = programs::report(btf)?;
         let iterator = Iterator::load_over("cwkill_lives", &program, target, &maps.lives)?;
         let (program, target) = programs::set_state(btf, &maps)?;
@@ -202,7 +204,7 @@ impl Tracer {
     }
 }
 
-/// Attaches the program for accepted connections: at the hook of security modules, if the kernel has the LSM `bpf`, or at the return of a
+/// Attaches the program for accepted connections: at the hook of security modules, if the kernel runs the LSM `bpf`, or at the return of a
 /// function.
 fn attach_accept(btf: &Btf, maps: &Maps) -> Result<Tracepoint, BpfError> {
     const PROGRAM: &str = "cwkill_accept";
@@ -210,10 +212,24 @@ fn attach_accept(btf: &Btf, maps: &Maps) -> Result<Tracepoint, BpfError> {
         let (program, target) = programs::security_hook(btf, maps)?;
         Tracepoint::attach(PROGRAM, &program, Hook::Security(target))
     };
-    by_hook().or_else(|_: BpfError| {
+    let by_return = || {
         let (program, target) = programs::accept_return(btf, maps)?;
         Tracepoint::attach(PROGRAM, &program, Hook::Return(target))
-    })
+    };
+    match runs_security_module() {
+        true => by_hook().or_else(|_: BpfError| by_return()),
+        false => by_return(),
+    }
+}
+
+/// Whether the kernel asks programs of BPF at its security hooks. It attaches them to a hook that it never asks, too.
+fn runs_security_module() -> bool {
+    std::fs::read_to_string("/sys/kernel/security/lsm").is_ok_and(|names| has_bpf(&names))
+}
+
+/// Whether a list such as `lockdown,yama,bpf` has `bpf`.
+fn has_bpf(names: &str) -> bool {
+    names.trim_end().split(',').any(|name| name == "bpf")
 }
 
 fn parse(record: &[u8; 8 * LIFE]) -> Life {
@@ -249,6 +265,14 @@ fn pid_and_tid(both: u64) -> (i32, i32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_security_modules_are_told_by_their_whole_names() {
+        assert!(has_bpf("lockdown,yama,bpf\n"));
+        assert!(has_bpf("bpf"));
+        assert!(!has_bpf("lockdown,bpfguard\n"));
+        assert!(!has_bpf("\n"));
+    }
 
     #[test]
     fn a_record_has_its_parts_where_the_programs_put_them() {
