@@ -42,11 +42,14 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     let proc = open_proc(use_iterator, false, &host_root, &scope.selectors, &types)?;
     drop(types);
     let tracer = Tracer::attach().map_err(|error| {
-        let hint = match error.errno() {
-            Errno::EPERM => ": it takes root, or CAP_BPF and CAP_PERFMON",
-            _ => "",
+        let what = match error.errno() {
+            Errno::EPERM => {
+                "cannot trace: it takes root, or CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN"
+            }
+            Errno::EOPNOTSUPP => "cannot trace, which needs Linux 6.3 and its types",
+            _ => "cannot trace",
         };
-        anyhow::Error::from(error).context(format!("cannot trace{hint}"))
+        anyhow::Error::new(error).context(what)
     })?;
     let mut needed = capabilities::to_find(&scope.netns, true, scope.selectors.selects_owners());
     needed.extend(worker::CAPABILITIES);

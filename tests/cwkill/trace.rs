@@ -457,7 +457,7 @@ fn without_privileges_it_says_what_it_needs() -> Result<()> {
     let lab = Lab::new()?;
     let command = lab.app_host().command(CWKILL).uid(65534);
     let ran = crate::support::ran(command.args(["trace", "--for", "1s"]))?.exits(3);
-    ran.complains("cwkill: cannot trace: it takes root, or CAP_BPF and CAP_PERFMON: ");
+    ran.complains("cwkill: cannot trace: it takes root, or CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN: ");
     let ran = cwkill(&lab, "trace --for 0s")?.exits(2);
     ran.complains("--for");
     Ok(())
