@@ -17,9 +17,10 @@ use crate::history::History;
 use crate::model::Privilege;
 use crate::privileges::capabilities;
 use crate::report::{ExitStatus, trace as report};
+use crate::tcp::TcpState;
 use crate::terminal::{Terminal, columns, ignore_closed_reader, is_coloured, say, write_out};
 use crate::text::seconds;
-use crate::trace::{self, places, worker};
+use crate::trace::{Watch, places, worker};
 
 pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     let TraceArgs {
@@ -35,12 +36,17 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     let time_and_place = time_and_place();
     say_notes(&scope.notes);
     ensure!(
-        trace::is_in_first_pid_namespace().context("cannot read the pid namespace")?,
-        "cannot trace from inside a pid namespace: run it on the host, or in a container with --pid=host",
+        scope.selectors.states == TcpState::CloseWait.into(),
+        "cannot trace other states than close-wait: leave --state out",
     );
     let types = KernelTypes::default();
     let proc = open_proc(use_iterator, false, &host_root, &scope.selectors, &types)?;
     drop(types);
+    // The programs tell processes by their pids there.
+    ensure!(
+        proc.shows_every_process(),
+        "cannot trace from inside a pid namespace: run it on the host, or in a container with --pid=host",
+    );
     let tracer = Tracer::attach().map_err(|error| {
         let what = match error.errno() {
             Errno::EPERM => {
@@ -59,30 +65,33 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     let mut terminal = Terminal::new(true, true)?;
     terminal.hold_signals();
     let time = duration.map_or_else(String::new, |time| format!(" for {}", seconds(time)));
-    // Also where nobody looks: a script can wait for it.
+    // Printed without a terminal, too: scripts wait for this line.
     say(format_args!(
         "watching{time}; Ctrl-C ends it and shows what was found"
     ));
     let until = duration.map(|duration| deadline(terminal.now(), duration));
-    let watched = trace::watch(tracer, until, &terminal).context("cannot trace")?;
-    terminal.release_signals();
-    let history = History::open();
+    let mut watch = Watch::new(tracer);
+    watch.go_on(until, &terminal);
+    let mut history = History::open();
     let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, &proc)?;
     let scan = finder::find(&namespaces, &proc, &scope.selectors, &history)?;
-    let found = places::find(&watched, &scan);
+    say_notes(history.take_notes());
+    let trace = watch.finish().context("cannot trace")?;
+    terminal.release_signals();
+    let found = places::find(&trace, &scan);
     let written = write_out(|out| match json {
-        true => report::json::write(&watched, &scan, &found, &time_and_place, out),
+        true => report::json::write(&trace, &scan, &found, &time_and_place, out),
         false => {
             let style = report::text::Style {
                 columns: columns(),
                 color: is_coloured(clap::ColorChoice::Auto),
                 verbose,
             };
-            report::text::write(&watched, &found, style, out)
+            report::text::write(&trace, &found, style, out)
         }
     });
     drop(terminal);
-    say_notes(report::notes(&watched, &scan, &found));
+    say_notes(report::notes(&trace, &scan, &found));
     if scan.coverage.has_hidden_owners() && scan.coverage.undecided_by_owner() > 0 {
         say_hints(&[Privilege::Ptrace]);
     }

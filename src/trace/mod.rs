@@ -1,15 +1,17 @@
 //! `cwkill trace`: the line of code that leaks.
 //!
 //! A program of the kernel notes who reads the end of a stream and who opened it (`crate::bpf::tracer`). A process of its own reads the symbols of
-//! each traced process ([`worker`], asked by [`symbols`]). What is stuck at the end is found as always, and put together with both by
-//! its cookie ([`places`]).
+//! each traced process ([`worker`], asked by [`symbols`]). At the end the ordinary scan finds the stuck sockets, and [`places`] joins them with
+//! the records and stacks by their cookies.
 
+pub mod origin;
 pub mod places;
+pub mod problem;
+mod protocol;
 pub mod stack;
 pub mod symbols;
 pub mod worker;
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use crate::bpf::BpfError;
@@ -18,16 +20,25 @@ use crate::control::Control;
 use crate::sys::monotonic;
 use symbols::Symbols;
 
-/// How often the samples are taken.
+/// How often the slots are emptied.
 const TICK: Duration = Duration::from_millis(100);
-/// A socket that is closed within this time after its end was read is no leak, and its stack is not looked at.
+/// A socket that is closed within this time after its end was read is no leak, and its stack is not unwound.
 const SETTLE: Duration = Duration::from_millis(300);
-/// With more events in a tick than these, not each is sampled. For reads, the connections count that the peer has closed. A sample of an opened connection is looked at whatever becomes of it, one of
-/// a read only if the socket stays open.
-const OPENED_PER_TICK: u64 = 25;
+/// With more events than these in a tick, only a part is sampled. Reads are rated by the FINs that came, since a read that is not sampled is
+/// not counted.
 const READS_PER_TICK: u64 = 200;
+/// They are fewer, since each of these samples is unwound; one of a read only if its socket stays open.
+const OPENED_PER_TICK: u64 = 25;
 /// Of so many events at least one is sampled.
 const MAX_OF: u32 = 1 << 12;
+
+/// A trace that runs.
+#[derive(Debug)]
+pub struct Watch {
+    tracer: Tracer,
+    symbols: Symbols,
+    begun: Duration,
+}
 
 /// What a trace has seen.
 #[derive(Debug)]
@@ -36,69 +47,65 @@ pub struct Trace {
     /// The sockets in CLOSE-WAIT at its end that it knows something of.
     pub lives: Vec<Life>,
     pub counts: Counts,
-    /// When it began. CLOCK_MONOTONIC.
-    pub begun: Duration,
     pub lasted: Duration,
-    /// Why accepted connections were not seen.
-    pub no_accepts: Option<BpfError>,
+    /// Why accepted connections were not seen, if they were not.
+    pub no_accepts: Option<String>,
 }
 
-/// The first pid namespace, by the number of its file (include/linux/proc_ns.h, PROC_PID_INIT_INO).
-const FIRST_PID_NAMESPACE: u64 = 0xeffffffc;
-
-/// Whether cwkill is in the first pid namespace. The programs tell processes by their pids there.
-///
-/// # Errors
-/// /proc cannot be read.
-pub fn is_in_first_pid_namespace() -> io::Result<bool> {
-    use std::os::unix::fs::MetadataExt;
-    let namespace = std::fs::metadata("/proc/self/ns/pid")?;
-    Ok(namespace.ino() == FIRST_PID_NAMESPACE)
-}
-
-/// Watches until `until`, or until the operator stops it.
-///
-/// # Errors
-/// What was seen cannot be read.
-pub fn watch(
-    tracer: Tracer,
-    until: Option<Instant>,
-    control: &dyn Control,
-) -> Result<Trace, BpfError> {
-    let begun = monotonic();
-    let mut symbols = Symbols::default();
-    let mut seen = Counts::default();
-    let is_over = || control.interrupted() || until.is_some_and(|until| control.now() >= until);
-    loop {
-        let is_last = is_over();
-        let age = if is_last { Duration::ZERO } else { SETTLE };
-        tracer.take(age, |sample| symbols.read(sample));
-        symbols.collect();
-        let counts = tracer.counts();
-        tracer.sample_one_of(
-            one_of(counts.closed_by_peer - seen.closed_by_peer, READS_PER_TICK),
-            one_of(counts.opened - seen.opened, OPENED_PER_TICK),
-        );
-        seen = counts;
-        if is_last {
-            break;
+impl Watch {
+    pub fn new(tracer: Tracer) -> Self {
+        Watch {
+            tracer,
+            symbols: Symbols::default(),
+            begun: monotonic(),
         }
-        let left = until.map(|until| until.saturating_duration_since(control.now()));
-        control.sleep(left.map_or(TICK, |left| left.min(TICK)));
     }
-    let lives = tracer.lives()?;
-    let counts = tracer.counts();
-    let lasted = monotonic().saturating_sub(begun);
-    let no_accepts = tracer.detach();
-    symbols.finish();
-    Ok(Trace {
-        symbols,
-        lives,
-        counts,
-        begun,
-        lasted,
-        no_accepts,
-    })
+
+    /// Goes on until `until`, or until the operator stops it.
+    pub fn go_on(&mut self, until: Option<Instant>, control: &dyn Control) {
+        let mut seen = Counts::default();
+        while !control.interrupted() {
+            let left = until.map(|until| until.saturating_duration_since(control.now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break;
+            }
+            control.sleep(left.map_or(TICK, |left| left.min(TICK)));
+            self.take(SETTLE);
+            let counts = self.tracer.counts();
+            self.tracer.sample_one_of(
+                one_of(counts.closed_by_peer - seen.closed_by_peer, READS_PER_TICK),
+                one_of(counts.opened - seen.opened, OPENED_PER_TICK),
+            );
+            seen = counts;
+        }
+    }
+
+    fn take(&mut self, age: Duration) {
+        self.tracer.take(age, |sample| self.symbols.read(sample));
+        self.symbols.collect();
+    }
+
+    /// Detaches the programs, and waits for the last symbols. Call it after the sockets were listed: what becomes stuck between the list and
+    /// this call is not in the list, and nothing in the list is unknown here that became stuck during the trace.
+    ///
+    /// # Errors
+    /// What the programs have kept cannot be read.
+    pub fn finish(mut self) -> Result<Trace, BpfError> {
+        self.take(Duration::ZERO);
+        let lives = self.tracer.lives()?;
+        let counts = self.tracer.counts();
+        let lasted = monotonic().saturating_sub(self.begun);
+        let no_accepts = self.tracer.detach();
+        let no_accepts = no_accepts.map(|error| format!("{:#}", anyhow::Error::new(error)));
+        self.symbols.finish();
+        Ok(Trace {
+            symbols: self.symbols,
+            lives,
+            counts,
+            lasted,
+            no_accepts,
+        })
+    }
 }
 
 /// Of how many events one is sampled, so that of `count` about `wanted` are, or all. A power of two.

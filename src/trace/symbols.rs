@@ -4,14 +4,15 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use super::stack::{Problem, Stack};
-use super::worker::{Answer, HEAD, Last};
+use super::problem::Problem;
+use super::protocol::{Answer, LastWords, Question};
+use super::stack::Stack;
 use crate::bpf::tracer::{Sample, Traced};
 
 /// Traced processes at a time. Each takes a process and a thread.
@@ -20,7 +21,7 @@ const MAX_PROCESSES: usize = 32;
 const MAX_OPENING: usize = MAX_PROCESSES / 2;
 /// When another process needs a place, one that was not asked for so long gives its own.
 const IDLE: Duration = Duration::from_secs(1);
-/// Samples that wait for one of them. Each has 16 KB.
+/// Samples that wait for one of them: 4 MiB of it, and 128 MiB of all.
 const MAX_WAITING: usize = 256;
 /// How long the last answers may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -49,7 +50,7 @@ pub struct StackId {
 #[derive(Debug, Default)]
 pub struct Symbols {
     readers: HashMap<Traced, Reader>,
-    results: Option<(Sender<Result>, Receiver<Result>)>,
+    reports: Option<(Sender<Report>, Receiver<Report>)>,
     processes: HashMap<Traced, Stacks>,
     /// By the cookie, and whether it was opened there.
     places: HashMap<(u64, bool), StackId>,
@@ -67,7 +68,7 @@ struct Reader {
 
 /// What a reader's thread reports.
 #[derive(Debug)]
-enum Result {
+enum Report {
     Stack {
         process: Traced,
         cookie: u64,
@@ -75,7 +76,10 @@ enum Result {
         answer: Answer,
     },
     /// The reader has no more to say. `None`: it broke off.
-    End { process: Traced, last: Option<Last> },
+    End {
+        process: Traced,
+        last: Option<LastWords>,
+    },
 }
 
 impl Symbols {
@@ -126,8 +130,8 @@ impl Symbols {
 
     fn start(&mut self, process: Traced) -> io::Result<Reader> {
         let pid = process.pid;
-        let (results, _) = self.results.get_or_insert_with(channel);
-        let results = results.clone();
+        let (reports, _) = self.reports.get_or_insert_with(channel);
+        let reports = reports.clone();
         let mut child = Command::new("/proc/self/exe")
             .args([OsString::from(COMMAND), pid.to_string().into()])
             .stdin(Stdio::piped())
@@ -138,7 +142,7 @@ impl Symbols {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
         let (questions, waiting) = sync_channel(MAX_WAITING);
-        let ask = move || ask_all(process, &waiting, input, output, &results);
+        let ask = move || ask_all(process, &waiting, input, output, &reports);
         let thread = Builder::new().name(format!("symbols-{pid}")).spawn(ask);
         if let Err(error) = thread {
             end(&mut child);
@@ -153,8 +157,8 @@ impl Symbols {
 
     /// Takes the answers that have come. Does not wait.
     pub fn collect(&mut self) {
-        while let Some(result) = self.next(Duration::ZERO) {
-            self.note(result);
+        while let Some(report) = self.next(Duration::ZERO) {
+            self.note(report);
         }
     }
 
@@ -167,7 +171,7 @@ impl Symbols {
         while !self.readers.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
             match self.next(left) {
-                Some(result) => self.note(result),
+                Some(report) => self.note(report),
                 None => break,
             }
         }
@@ -178,15 +182,15 @@ impl Symbols {
         }
     }
 
-    fn next(&self, at_most: Duration) -> Option<Result> {
-        let (_, results) = self.results.as_ref()?;
+    fn next(&self, at_most: Duration) -> Option<Report> {
+        let (_, reports) = self.reports.as_ref()?;
         // Nobody closes it: `self` has a sender.
-        results.recv_timeout(at_most).ok()
+        reports.recv_timeout(at_most).ok()
     }
 
-    fn note(&mut self, result: Result) {
-        match result {
-            Result::Stack {
+    fn note(&mut self, report: Report) {
+        match report {
+            Report::Stack {
                 process,
                 cookie,
                 opens,
@@ -194,14 +198,15 @@ impl Symbols {
             } => {
                 let number = answer.number;
                 self.processes.entry(process).or_default().note(answer);
-                if self.places.len() < MAX_PLACES {
-                    let id = StackId { process, number };
-                    self.places.insert((cookie, opens), id);
-                } else {
-                    self.missed += 1;
+                match number {
+                    Some(number) if self.places.len() < MAX_PLACES => {
+                        let id = StackId { process, number };
+                        self.places.insert((cookie, opens), id);
+                    }
+                    _ => self.missed += 1,
                 }
             }
-            Result::End { process, last } => {
+            Report::End { process, last } => {
                 let stacks = self.processes.entry(process).or_default();
                 match last {
                     Some(last) => {
@@ -224,16 +229,15 @@ impl Symbols {
 
     pub fn stack(&self, id: StackId) -> Option<&Stack> {
         let stack = self.processes.get(&id.process)?.stacks.get(&id.number)?;
-        // One that could not be read is empty.
         (!stack.frames.is_empty()).then_some(stack)
     }
 
     /// What keeps the stacks of a process from telling more.
-    pub fn problems(&self) -> impl Iterator<Item = (i32, Problem)> + '_ {
+    pub fn problems(&self) -> impl Iterator<Item = (Traced, Problem)> + '_ {
         let processes = self.processes.iter();
         processes.flat_map(|(process, stacks)| {
             let problems = stacks.problems.iter();
-            problems.map(|problem| (process.pid, *problem))
+            problems.map(|problem| (*process, *problem))
         })
     }
 }
@@ -248,8 +252,8 @@ impl Drop for Symbols {
 
 impl Stacks {
     fn note(&mut self, answer: Answer) {
-        if let Some(stack) = answer.stack {
-            self.stacks.insert(answer.number, stack);
+        if let (Some(number), Some(stack)) = (answer.number, answer.stack) {
+            self.stacks.insert(number, stack);
         }
     }
 }
@@ -266,22 +270,29 @@ fn ask_all(
     waiting: &Receiver<Sample>,
     mut input: ChildStdin,
     output: ChildStdout,
-    results: &Sender<Result>,
+    reports: &Sender<Report>,
 ) {
     let mut lines = BufReader::new(output).lines();
     let mut next_line = || lines.next()?.ok();
     for sample in waiting {
-        let answer = write_question(&mut input, &sample).ok();
+        let question = Question {
+            ip: sample.ip,
+            sp: sample.sp,
+            fp: sample.fp,
+            lr: sample.lr,
+            stack: sample.stack,
+        };
+        let answer = question.write(&mut input).ok();
         let answer = answer.and_then(|()| next_line());
         let answer = answer.and_then(|line| serde_json::from_str(&line).ok());
         let Some(answer) = answer else {
-            let _ = results.send(Result::End {
+            let _ = reports.send(Report::End {
                 process,
                 last: None,
             });
             return;
         };
-        let sent = results.send(Result::Stack {
+        let sent = reports.send(Report::Stack {
             process,
             cookie: sample.cookie,
             opens: sample.opens,
@@ -293,15 +304,5 @@ fn ask_all(
     }
     drop(input);
     let last = next_line().and_then(|line| serde_json::from_str(&line).ok());
-    let _ = results.send(Result::End { process, last });
-}
-
-fn write_question(to: &mut impl Write, sample: &Sample) -> io::Result<()> {
-    let mut bytes = Vec::with_capacity(8 * HEAD + sample.stack.len());
-    let len = sample.stack.len() as u64;
-    for number in [sample.ip, sample.sp, sample.fp, sample.lr, len] {
-        bytes.extend(number.to_ne_bytes());
-    }
-    bytes.extend(&sample.stack);
-    to.write_all(&bytes)
+    let _ = reports.send(Report::End { process, last });
 }

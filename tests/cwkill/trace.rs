@@ -153,7 +153,7 @@ fn has_lines(document: &Value, program: Leaky, count: usize, read: &str, caller:
         "{document:#}"
     );
     let stack = &document["places"][0]["read"];
-    let own = stack["own"].as_u64().unwrap_or(u64::MAX);
+    let own = stack["first_own_frame"].as_u64().unwrap_or(u64::MAX);
     let (source, _) = program.source();
     for (frame, function, comment) in [
         (own, read, "the end is read here"),
@@ -202,7 +202,7 @@ fn c_without_symbols_has_addresses() -> Result<()> {
     let scene = Scene::start(Leaky::CStripped)?;
     let document = scene.leaks(2)?;
     let stack = &document["places"][0]["read"];
-    let own = at(stack, "/own");
+    let own = at(stack, "/first_own_frame");
     let frame = |name: &str| at(stack, &format!("/frames/{own}/{name}"));
     assert_eq!(frame("function"), "null", "{document:#}");
     assert_eq!(frame("module"), scene.server.file().display().to_string());
@@ -221,12 +221,6 @@ fn codes(document: &Value) -> Vec<String> {
 fn java_says_how_its_methods_get_names() -> Result<()> {
     let document = Scene::start(Leaky::Java)?.leaks(1)?;
     assert_eq!(codes(&document), ["no-perf-map"], "{document:#}");
-    let message = at(&document, "/problems/0/message");
-    let pid = at(&document, "/places/0/pid");
-    assert!(
-        message.contains(&format!("`jcmd {pid} Compiler.perfmap`")),
-        "{message}"
-    );
     Ok(())
 }
 
@@ -245,7 +239,9 @@ fn java_with_a_perf_map_has_its_methods() -> Result<()> {
     let document = tracing.interrupted()?.exits(0).json();
     let _ = std::fs::remove_file(format!("/tmp/perf-{pid}.map"));
     let stack = &document["places"][0]["read"];
-    let own = stack["own"].as_u64().context("no frame of its own")?;
+    let own = stack["first_own_frame"]
+        .as_u64()
+        .context("no frame of its own")?;
     for (frame, method) in [(own, "Leak.readToEnd("), (own + 1, "Leak.leakyHandler(")] {
         let name = at(stack, &format!("/frames/{frame}/function"));
         assert!(name.contains(method), "{document:#}");
@@ -297,7 +293,7 @@ fn two_leaks_have_their_shares() -> Result<()> {
     for (place, share, handler) in [(0, "0.75", "leaky_handler"), (1, "0.25", "other_handler")] {
         let place = &document["places"][place];
         assert_eq!(at(place, "/share"), share, "{document:#}");
-        let own = place["read"]["own"]
+        let own = place["read"]["first_own_frame"]
             .as_u64()
             .context("no frame of its own")?;
         let caller = at(place, &format!("/read/frames/{}/function", own + 1));
@@ -334,12 +330,12 @@ fn a_client_has_the_line_that_connects() -> Result<()> {
     );
     let mut places = document["places"].as_array().into_iter().flatten();
     // While other tests open connections, not each is sampled.
-    let place = places.find(|place| at(place, "/opened_by") == "connected");
+    let place = places.find(|place| at(place, "/opened_how") == "connected");
     let place = place.with_context(|| format!("no place: {document:#}"))?;
     assert_eq!(at(place, "/pid"), client.pid().to_string(), "{document:#}");
     assert_eq!(at(place, "/read"), "null", "{document:#}");
-    let own = at(place, "/opened/own");
-    let part = |name: &str| at(place, &format!("/opened/frames/{own}/{name}"));
+    let own = at(place, "/opened_example/first_own_frame");
+    let part = |name: &str| at(place, &format!("/opened_example/frames/{own}/{name}"));
     assert_eq!(part("function"), "open_connection", "{document:#}");
     let line = Leaky::Connect.line_of("connected here");
     assert_eq!(Some(part("line")), line.map(|line| line.to_string()));
@@ -377,7 +373,7 @@ fn a_trace_ends_by_itself() -> Result<()> {
     let tracing = Tracing::start(&lab, "--port 7000 --for 1s")?;
     let ran = tracing.ended()?.exits(1);
     assert_eq!(
-        ran.stdout, "no socket became stuck in 1 s and still is\n",
+        ran.stdout, "no socket became stuck in 1 s and stayed so\n",
         "{ran:?}"
     );
     Ok(())
@@ -404,21 +400,6 @@ fn a_person_gets_the_place_and_the_next_caller() -> Result<()> {
     Ok(())
 }
 
-/// The programs of cwkill in the kernel that trace, as bpftool(8) shows them.
-fn attached() -> Result<usize> {
-    let output = std::process::Command::new("bpftool")
-        .args(["-j", "prog", "show"])
-        .output()
-        .context("bpftool")?;
-    let programs: Value = serde_json::from_slice(&output.stdout)?;
-    let programs = programs.as_array().context("no list")?;
-    let is_ours = |program: &&Value| {
-        let name = program["name"].as_str().unwrap_or_default();
-        name == "cwkill_end" || name == "cwkill_state"
-    };
-    Ok(programs.iter().filter(is_ours).count())
-}
-
 /// Other tests trace at the same time, so the programs of this one are known by the process that holds their links.
 fn nothing_stays_attached_after_a_kill() -> Result<()> {
     let lab = Lab::new()?;
@@ -434,7 +415,6 @@ fn nothing_stays_attached_after_a_kill() -> Result<()> {
     }
     // The two tracepoints and the iterator.
     assert!(ids.len() >= 3, "{ids:?}");
-    assert!(attached()? >= 2);
     let is_there = |id: &String| -> Result<bool> {
         let output = std::process::Command::new("bpftool")
             .args(["prog", "show", "id", id])
@@ -457,7 +437,9 @@ fn without_privileges_it_says_what_it_needs() -> Result<()> {
     let lab = Lab::new()?;
     let command = lab.app_host().command(CWKILL).uid(65534);
     let ran = crate::support::ran(command.args(["trace", "--for", "1s"]))?.exits(3);
-    ran.complains("cwkill: cannot trace: it takes root, or CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN: ");
+    ran.complains(
+        "cwkill: cannot trace: it takes root, or CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN: ",
+    );
     let ran = cwkill(&lab, "trace --for 0s")?.exits(2);
     ran.complains("--for");
     Ok(())

@@ -1,9 +1,8 @@
 //! What happens to TCP sockets while cwkill traces them: who opened them, when the peer closed them, and who read the end of the stream.
 //!
-//! The kernel runs the programs (`programs`) at its tracepoints. They keep the times of each socket in memory that goes with the socket, and
+//! The kernel runs the programs (`programs`) at its tracepoints. They keep a few numbers for each socket, in memory that goes with it, and
 //! put registers and the top of the stack of the thread that opens a socket or reads its end into one of a fixed number of slots (`slots`). A
-//! socket that leaves CLOSE-WAIT frees its slot again. So a connection that ends costs a copy and nothing more, and what stays for a
-//! moment is worth a look.
+//! socket that leaves CLOSE-WAIT frees its slot. So a connection that is closed soon costs at most one copy of a stack.
 //!
 //! They run in the process that made the system call, or in an interrupt, for all processes of the host. Nothing stays in the kernel when
 //! cwkill has ended, however it ends.
@@ -41,20 +40,10 @@ struct Maps {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Life {
     pub cookie: u64,
-    /// When the peer's FIN came; `None` if that was before the trace. All times are CLOCK_MONOTONIC.
+    /// When the peer's FIN came, by CLOCK_MONOTONIC; `None` if that was before the trace.
     pub stuck_since: Option<Duration>,
-    /// Who read the end of the stream first, if that was during the trace and was sampled.
-    pub read: Option<Call>,
-    /// Who made or accepted the connection, if that was during the trace and was sampled.
-    pub opened: Option<(Opened, Call)>,
-}
-
-/// A system call of a thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Call {
-    pub pid: i32,
-    pub tid: i32,
-    pub at: Duration,
+    /// How the connection was opened, if that was during the trace and was sampled.
+    pub opened: Option<Opened>,
 }
 
 /// How a connection was opened.
@@ -77,23 +66,21 @@ pub struct Counts {
     pub closed_by_peer: u64,
 }
 
-/// The numbers that belong to a socket, by their places.
-const LIFE: usize = 8;
+/// How many numbers belong to a socket. The constants below are their indices.
+const LIFE: usize = 5;
 const COOKIE: usize = 0;
 const STUCK_SINCE: usize = 1;
-const READ_AT: usize = 2;
-const READ_BY: usize = 3;
+/// 1 if a read of its end was sampled.
+const IS_READ: usize = 2;
 /// The number of its slot for the read, and 1; 0 if it has none.
-const READ_SLOT: usize = 4;
-const OPENED_AT: usize = 5;
-const OPENED_BY: usize = 6;
-const OPENED_HOW: usize = 7;
+const READ_SLOT: usize = 3;
+const OPENED_HOW: usize = 4;
 
 /// The values of OPENED_HOW.
 const CONNECTED: i32 = 1;
 const ACCEPTED: i32 = 2;
 
-// The counters, by their places.
+// The indices of the counters.
 const READ_COUNT: usize = 0;
 const NO_SLOT_COUNT: usize = 1;
 const OPENED_COUNT: usize = 2;
@@ -164,16 +151,20 @@ impl Tracer {
         self.no_accepts
     }
 
-    /// Takes the samples that are at least so old out of their slots. `each` also gets those of sockets that were opened, however old.
+    /// Empties the slots: those of reads that are `age` old, and those of connections that were opened, however old they are.
     pub fn take(&self, age: Duration, each: impl FnMut(Sample)) {
         self.slots.take(age, each);
     }
 
-    /// From now on samples one of so many reads of an end, and of so many connections that are opened. Both are powers of two.
+    /// From now on samples one of `reads` reads of an end, and one of `opened` connections that are opened.
+    ///
+    /// # Panics
+    /// One of them is no power of two.
     pub fn sample_one_of(&self, reads: u32, opened: u32) {
+        assert!(reads.is_power_of_two() && opened.is_power_of_two());
         let numbers = self.counters.numbers();
-        for (place, of) in [(READ_MASK, reads), (OPENED_MASK, opened)] {
-            numbers[place].store(u64::from(of) - 1, Ordering::Relaxed);
+        for (index, of) in [(READ_MASK, reads), (OPENED_MASK, opened)] {
+            numbers[index].store(u64::from(of) - 1, Ordering::Relaxed);
         }
     }
 
@@ -238,28 +229,14 @@ fn parse(record: &[u8; 8 * LIFE]) -> Life {
         u64::from_ne_bytes(*bytes)
     };
     let time = |place| (number(place) != 0).then(|| Duration::from_nanos(number(place)));
-    let call = |at, by| {
-        time(at).map(|at| {
-            let (pid, tid) = pid_and_tid(number(by));
-            Call { pid, tid, at }
-        })
-    };
-    let how = match number(OPENED_HOW) == u64::from(ACCEPTED.unsigned_abs()) {
-        true => Opened::Accepted,
-        false => Opened::Connected,
-    };
+    let opened = [(CONNECTED, Opened::Connected), (ACCEPTED, Opened::Accepted)];
+    let mut opened = opened.into_iter();
+    let is_it = |(how, _): &(i32, Opened)| number(OPENED_HOW) == u64::from(how.unsigned_abs());
     Life {
         cookie: number(COOKIE),
         stuck_since: time(STUCK_SINCE),
-        read: call(READ_AT, READ_BY),
-        opened: call(OPENED_AT, OPENED_BY).map(|call| (how, call)),
+        opened: opened.find(is_it).map(|(_, opened)| opened),
     }
-}
-
-/// The parts of what `bpf_get_current_pid_tgid` returns.
-fn pid_and_tid(both: u64) -> (i32, i32) {
-    let half = |bits: u64| i32::try_from(bits & 0x7fff_ffff).expect("31 bits");
-    (half(both >> 32), half(both))
 }
 
 #[cfg(test)]
@@ -279,23 +256,15 @@ mod tests {
         let mut words = [0_u64; LIFE];
         words[COOKIE] = 77;
         words[STUCK_SINCE] = 5_000_000_000;
-        words[OPENED_AT] = 1_000_000_000;
-        words[OPENED_BY] = 4711 << 32 | 4712;
         words[OPENED_HOW] = 2;
         let mut record = [0; 8 * LIFE];
         for (place, word) in record.as_chunks_mut::<8>().0.iter_mut().zip(words) {
             *place = word.to_ne_bytes();
         }
-        let opened = Call {
-            pid: 4711,
-            tid: 4712,
-            at: Duration::from_secs(1),
-        };
         let life = Life {
             cookie: 77,
             stuck_since: Some(Duration::from_secs(5)),
-            read: None,
-            opened: Some((Opened::Accepted, opened)),
+            opened: Some(Opened::Accepted),
         };
         assert_eq!(parse(&record), life);
     }

@@ -1,13 +1,12 @@
-//! The programs of the tracer. Each returns with the number of that to which it belongs.
+//! The programs of the tracer. Each function returns the instructions, and the number of the hook's type.
 
 use super::slots::{
     AT, BY, COOKIE_SHIFT, FOR_OPENED, FOR_READ, FP, HEAD, IP, LEN, LR, SP, STARTED,
 };
 use super::slots::{OPENED, PART, READS, READY, STACK};
 use super::{
-    ACCEPTED, CLOSED_COUNT, CONNECTED, COOKIE, LIFE, Maps, NO_SLOT_COUNT, OPENED_AT, OPENED_BY,
-    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_AT, READ_BY, READ_COUNT, READ_MASK, READ_SLOT,
-    STUCK_SINCE,
+    ACCEPTED, CLOSED_COUNT, CONNECTED, COOKIE, IS_READ, LIFE, Maps, NO_SLOT_COUNT, OPENED_COUNT,
+    OPENED_HOW, OPENED_MASK, READ_COUNT, READ_MASK, READ_SLOT, STUCK_SINCE,
 };
 use crate::sys::bpf::Register::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
 use crate::sys::bpf::{Asm, Btf, BtfError, Field, Helper, Insn, Label, Register, Size};
@@ -159,15 +158,12 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
     // An end that is not sampled leaves nothing: that it was read can be seen in the socket.
     if_sampled(&mut asm, maps, READ_MASK, end);
     create_storage(&mut asm, maps, end);
-    // if (mine[READ_AT]) return 0;
-    asm.load_at(R1, MINE, at(READ_AT), Size::U64)
-        .if_not(R1, 0, end);
-    // mine[READ_AT] = bpf_ktime_get_ns();
-    // mine[READ_BY] = bpf_get_current_pid_tgid();
-    asm.call(Helper::Now)
-        .store_at(MINE, at(READ_AT), Size::U64, R0)
-        .call(Helper::CurrentPid)
-        .store_at(MINE, at(READ_BY), Size::U64, R0);
+    // if (mine[IS_READ]) return 0;
+    // mine[IS_READ] = 1;
+    asm.load_at(R1, MINE, at(IS_READ), Size::U64)
+        .if_not(R1, 0, end)
+        .set(R1, 1)
+        .store_at(MINE, at(IS_READ), Size::U64, R1);
     count(&mut asm, maps, READ_COUNT);
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
@@ -243,14 +239,8 @@ fn opened(asm: &mut Asm, fields: &Fields, maps: &Maps, how: i32, end: Label) {
     count(asm, maps, OPENED_COUNT);
     if_sampled(asm, maps, OPENED_MASK, end);
     create_storage(asm, maps, end);
-    // mine[OPENED_AT] = bpf_ktime_get_ns();
-    // mine[OPENED_BY] = bpf_get_current_pid_tgid();
     // mine[OPENED_HOW] = how;
-    asm.call(Helper::Now)
-        .store_at(MINE, at(OPENED_AT), Size::U64, R0)
-        .call(Helper::CurrentPid)
-        .store_at(MINE, at(OPENED_BY), Size::U64, R0)
-        .set(R1, how)
+    asm.set(R1, how)
         .store_at(MINE, at(OPENED_HOW), Size::U64, R1);
     sample(asm, fields, maps, FOR_OPENED, end);
 }

@@ -6,7 +6,6 @@
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Duration;
 
-use super::pid_and_tid;
 use crate::sys::bpf::Shared;
 
 /// Slots for reads of the end, a power of two.
@@ -58,9 +57,6 @@ pub struct Sample {
     /// Whether it opens the connection. Otherwise it reads the end.
     pub opens: bool,
     pub process: Traced,
-    pub tid: i32,
-    /// CLOCK_MONOTONIC.
-    pub at: Duration,
     pub ip: u64,
     pub sp: u64,
     pub fp: u64,
@@ -100,7 +96,8 @@ fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample>
     let len = usize::try_from(number(LEN)).map_or(0, |len| len.min(STACK));
     let words = slot[HEAD..HEAD + len / 8].iter();
     let stack = words.flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
-    let (pid, tid) = pid_and_tid(number(BY));
+    // bpf_get_current_pid_tgid: the thread is in the lower half.
+    let pid = i32::try_from(number(BY) >> 32).ok()?;
     let sample = Sample {
         cookie: owner >> COOKIE_SHIFT,
         opens: has(FOR_OPENED),
@@ -108,8 +105,6 @@ fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample>
             pid,
             started: number(STARTED),
         },
-        tid,
-        at,
         ip: number(IP),
         sp: number(SP),
         fp: number(FP),
@@ -149,7 +144,7 @@ mod tests {
         assert_eq!(take(&slot, |_| false), None);
         let sample = take(&slot, |at| at == Duration::from_secs(2)).unwrap();
         assert_eq!((sample.cookie, sample.opens), (77, false));
-        assert_eq!((sample.process.pid, sample.tid), (10, 11));
+        assert_eq!(sample.process.pid, 10);
         assert_eq!(sample.stack, b"abcdefghijklmnop");
         assert_eq!(slot[OWNER].load(Ordering::Relaxed), 0);
         assert_eq!(take(&slot, |_| true), None);

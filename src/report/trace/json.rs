@@ -1,19 +1,19 @@
 //! The places for programs: `schema_version` 1 of its own. Fields are added, never renamed.
 
 use std::io::{self, Write};
-use std::time::Duration;
 
 use serde::Serialize;
 
+use super::clock;
+use super::text::fd_in;
 use crate::bpf::tracer::Opened;
 use crate::model::{Scan, TimeAndPlace};
 use crate::report::serialize::{
     Endpoint, JsonAbsentOwner, JsonContainer, JsonTimeAndPlace, container, endpoint,
-    json_absent_owners, json_time_and_place, millis, serializer,
+    json_absent_owners, json_time_and_place, serializer,
 };
-use crate::sys::monotonic;
 use crate::trace::Trace;
-use crate::trace::places::{Place, Places};
+use crate::trace::places::{Place, Places, Unread};
 use crate::trace::stack::{Frame, Stack};
 
 const SCHEMA_VERSION: u32 = 1;
@@ -36,20 +36,21 @@ pub fn write(
         watched_seconds: trace.lasted.as_secs_f64(),
         became_stuck: found.new,
         stuck_before: found.before,
-        end_not_read: found.unread,
+        end_not_read: found.end_not_read(),
         place_unknown: found.unknown,
         places: found.places.iter().map(|it| place(it, found)).collect(),
         problems: found
             .problems
             .iter()
-            .map(|(pid, process, problem)| JsonProblem {
-                pid: *pid,
+            .map(|(traced, process, problem)| JsonProblem {
+                pid: traced.pid,
                 comm: process.as_ref().map(|process| process.comm.as_str()),
                 code: problem.code(),
-                message: problem.to_string().replace("{pid}", &pid.to_string()),
+                message: problem.to_string(),
             })
             .collect(),
-        accepts_not_seen: trace.no_accepts.as_ref().map(ToString::to_string),
+        not_read_by: found.unread.iter().map(unread).collect(),
+        accepts_not_seen: trace.no_accepts.as_deref(),
         ends_sampled: trace.counts.reads,
         ends_sampled_without_stack: trace.counts.reads_without_slot,
         connections_opened: trace.counts.opened,
@@ -85,7 +86,9 @@ struct Document<'a> {
     place_unknown: usize,
     places: Vec<JsonPlace<'a>>,
     problems: Vec<JsonProblem<'a>>,
-    accepts_not_seen: Option<String>,
+    /// Who has not read the end of sockets of which nothing else is known.
+    not_read_by: Vec<JsonUnread<'a>>,
+    accepts_not_seen: Option<&'a str>,
     ends_sampled: u64,
     ends_sampled_without_stack: u64,
     connections_opened: u64,
@@ -107,16 +110,17 @@ struct JsonPlace<'a> {
     comm: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
     count: usize,
-    /// Of the sockets of which a place is known.
+    /// Of `became_stuck` without `place_unknown`.
     share: f64,
-    /// How long ago the first and the last of them became stuck.
-    first_stuck_ms: u64,
-    last_stuck_ms: u64,
+    /// When the first and the last of them became stuck, in RFC 3339.
+    first_stuck: String,
+    last_stuck: String,
     /// Where the end was read; null if nobody has read it.
     read: Option<JsonStack<'a>>,
-    /// `connected` or `accepted`; null if that was not seen.
-    opened_by: Option<&'static str>,
-    opened: Option<JsonStack<'a>>,
+    /// How one of them was opened, `connected` or `accepted`; null if that was not seen.
+    opened_how: Option<&'static str>,
+    /// Where that one was opened.
+    opened_example: Option<JsonStack<'a>>,
     /// The first of its sockets.
     sockets: Vec<JsonSocket>,
 }
@@ -126,8 +130,8 @@ struct JsonStack<'a> {
     /// The innermost first.
     frames: Vec<JsonFrame<'a>>,
     /// The index of the first frame of the program's own.
-    own: Option<usize>,
-    end: &'static str,
+    first_own_frame: Option<usize>,
+    stack_end: &'static str,
 }
 
 #[derive(Serialize)]
@@ -147,7 +151,16 @@ struct JsonSocket {
     peer: Endpoint,
     cookie: String,
     fd: Option<i32>,
-    stuck_ms: Option<u64>,
+    stuck_since: Option<String>,
+}
+
+#[derive(Serialize)]
+struct JsonUnread<'a> {
+    pid: Option<i32>,
+    comm: Option<&'a str>,
+    /// Whether it has not even accepted them.
+    not_accepted: bool,
+    count: usize,
 }
 
 #[derive(Serialize)]
@@ -163,26 +176,26 @@ fn place<'a>(place: &'a Place<'_>, found: &Places<'_>) -> JsonPlace<'a> {
     let process = place.process.as_deref();
     let sockets = place.sockets.iter().take(MAX_SOCKETS);
     JsonPlace {
-        pid: place.pid,
+        pid: place.traced.pid,
         comm: process.map(|process| process.comm.as_str()),
         container: process.and_then(container),
         count: place.sockets.len(),
         share: share(place.sockets.len(), found.known()),
-        first_stuck_ms: ago(first),
-        last_stuck_ms: ago(last),
+        first_stuck: clock(first),
+        last_stuck: clock(last),
         read: place.read.map(stack),
-        opened_by: place.opened.map(|(how, _)| match how {
+        opened_how: place.opened.map(|(how, _)| match how {
             Opened::Connected => "connected",
             Opened::Accepted => "accepted",
         }),
-        opened: place.opened.map(|(_, it)| stack(it)),
+        opened_example: place.opened.map(|(_, it)| stack(it)),
         sockets: sockets
             .map(|(target, life)| JsonSocket {
                 local: endpoint(target.socket.id.tuple().local),
                 peer: endpoint(target.socket.id.tuple().peer),
                 cookie: target.socket.cookie().to_string(),
-                fd: target.owners.first().map(|owner| owner.fd.0),
-                stuck_ms: life.stuck_since.map(ago),
+                fd: fd_in(target, place.traced.pid),
+                stuck_since: life.stuck_since.map(clock),
             })
             .collect(),
     }
@@ -191,8 +204,8 @@ fn place<'a>(place: &'a Place<'_>, found: &Places<'_>) -> JsonPlace<'a> {
 fn stack(stack: &Stack) -> JsonStack<'_> {
     JsonStack {
         frames: stack.frames.iter().map(frame).collect(),
-        own: stack.first_own(),
-        end: stack.end.name(),
+        first_own_frame: stack.first_own(),
+        stack_end: stack.end.name(),
     }
 }
 
@@ -208,8 +221,14 @@ fn frame(frame: &Frame) -> JsonFrame<'_> {
     }
 }
 
-fn ago(at: Duration) -> u64 {
-    millis(monotonic().saturating_sub(at))
+fn unread(unread: &Unread) -> JsonUnread<'_> {
+    let process = unread.process.as_deref();
+    JsonUnread {
+        pid: process.map(|process| process.id.pid),
+        comm: process.map(|process| process.comm.as_str()),
+        not_accepted: unread.not_accepted,
+        count: unread.count,
+    }
 }
 
 fn share(part: usize, whole: usize) -> f64 {

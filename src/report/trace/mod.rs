@@ -3,36 +3,40 @@
 pub mod json;
 pub mod text;
 
+use std::time::{Duration, SystemTime};
+
 use super::ExitStatus;
 use crate::model::Scan;
+use crate::sys::monotonic;
 use crate::text::counted;
 use crate::trace::Trace;
 use crate::trace::places::Places;
 
-/// 0 if a place was found, 1 if nothing became stuck, 4 if places were not found or something may have been missed.
+/// 0 if something was found, 1 if nothing became stuck, 4 if no place was found but something became stuck or may have been missed.
 pub fn exit_status(scan: &Scan, found: &Places<'_>) -> ExitStatus {
-    match (found.places.is_empty(), found.new) {
-        (false, _) => ExitStatus::Done,
-        (true, 0) if !scan.coverage.may_have_missed() => ExitStatus::NothingMatched,
-        (true, _) => ExitStatus::NotAllClosed,
+    match (found.known(), found.new) {
+        (0, 0) if !scan.coverage.may_have_missed() => ExitStatus::NothingMatched,
+        (0, _) => ExitStatus::NotAllClosed,
+        (_, _) => ExitStatus::Done,
     }
 }
 
 /// What the places do not tell, one line each.
 pub fn notes(trace: &Trace, scan: &Scan, found: &Places<'_>) -> Vec<String> {
     let mut notes = scan.coverage.notes(scan.without_known_owner());
-    for (pid, process, problem) in &found.problems {
+    for (traced, process, problem) in &found.problems {
         let process = match process {
             Some(process) => process.to_string(),
-            None => format!("process {pid}"),
+            None => format!("process {}", traced.pid),
         };
-        let text = problem.to_string().replace("{pid}", &pid.to_string());
-        notes.push(format!("{process}: {text}"));
+        notes.push(format!("{process}: {problem}"));
     }
     if found.unknown > 0 {
+        let without_slot = trace.counts.reads_without_slot;
         notes.push(format!(
-            "the stack of {} could not be taken or read: the shares are of the others",
-            counted(found.unknown, "socket")
+            "no stack is known of {}: while much happens only a part is sampled; {without_slot} samples had no room, and {} were not read",
+            counted(found.unknown, "socket"),
+            trace.symbols.missed,
         ));
     }
     if let Some(error) = &trace.no_accepts
@@ -43,4 +47,11 @@ pub fn notes(trace: &Trace, scan: &Scan, found: &Places<'_>) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// A time of CLOCK_MONOTONIC in RFC 3339.
+fn clock(at: Duration) -> String {
+    let ago = monotonic().saturating_sub(at);
+    let time = SystemTime::now().checked_sub(ago);
+    humantime::format_rfc3339_seconds(time.unwrap_or(SystemTime::UNIX_EPOCH)).to_string()
 }

@@ -1,17 +1,20 @@
 //! The places for people.
 
 use std::io::{self, Write};
-use std::time::{Duration, SystemTime};
+use std::ops::Range;
+use std::time::Duration;
 
 use anstyle::{AnsiColor, Style as Paint};
 
+use super::clock;
 use crate::bpf::tracer::Opened;
+use crate::model::Target;
 use crate::report::table::place as place_of_process;
-use crate::sys::monotonic;
-use crate::text::{broken, columns_of, counted, escape, seconds};
+use crate::text::{columns_of, counted, escape, seconds, wrap};
 use crate::trace::Trace;
-use crate::trace::places::{Place, Places};
-use crate::trace::stack::{End, Frame, Origin, Stack};
+use crate::trace::origin::Origin;
+use crate::trace::places::{Place, Places, Unread};
+use crate::trace::stack::{End, Frame, Stack};
 
 /// How the report looks.
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +28,12 @@ pub struct Style {
 
 /// Places that are shown without `-v`.
 const MAX_PLACES: usize = 5;
-/// Functions of a stack that are shown without `-v`.
-const MAX_FRAMES: usize = 8;
+/// Callers of the first function of the program's own that are shown without `-v`.
+const MAX_CALLERS: usize = 3;
+/// Functions that are shown without `-v` if none is the program's own.
+const MAX_FRAMES: usize = 6;
+/// The spaces before the later rows of a line that is broken.
+const INDENT: usize = 7;
 /// Sockets that are named as examples.
 const MAX_EXAMPLES: usize = 2;
 
@@ -37,7 +44,7 @@ pub fn write(
     style: Style,
     out: &mut dyn Write,
 ) -> io::Result<()> {
-    for line in broken(&summary(trace, found), style.columns) {
+    for line in rows(&summary(trace, found), style) {
         writeln!(out, "{line}")?;
     }
     let most = match style.verbose {
@@ -54,23 +61,60 @@ pub fn write(
         let (places, sockets) = (counted(rest.len(), "place"), counted(sockets, "socket"));
         writeln!(out, "\nand {places} more with {sockets}: -v shows all")?;
     }
+    if !found.unread.is_empty() {
+        writeln!(out)?;
+    }
+    for unread in &found.unread {
+        for line in rows(&unread_line(unread), style) {
+            writeln!(out, "{line}")?;
+        }
+    }
     Ok(())
+}
+
+/// The rows of a line.
+fn rows(line: &str, style: Style) -> Vec<String> {
+    match style.columns {
+        Some(columns) => wrap(line, columns, INDENT),
+        None => vec![line.to_owned()],
+    }
+}
+
+fn unread_line(unread: &Unread) -> String {
+    let process = match &unread.process {
+        Some(process) => process.to_string(),
+        None => "an unknown process".to_owned(),
+    };
+    let what = match unread.not_accepted {
+        true => "has not accepted",
+        false => "has not read to the end of",
+    };
+    format!("{process} {what} {}", counted(unread.count, "socket"))
+}
+
+/// The descriptor of a socket in the process with this pid.
+pub(super) fn fd_in(target: &Target, pid: i32) -> Option<i32> {
+    let mut owners = target.owners.iter();
+    let owner = owners.find(|owner| owner.process.id.pid == pid);
+    owner.map(|owner| owner.fd.0)
 }
 
 fn summary(trace: &Trace, found: &Places<'_>) -> String {
     let time = seconds(Duration::from_secs(trace.lasted.as_secs().max(1)));
-    let new = match found.new {
-        0 => format!("no socket became stuck in {time} and still is"),
+    let mut text = match found.new {
+        0 => format!("no socket became stuck in {time} and stayed so"),
         count => format!(
-            "{} became stuck in {time} and still {}",
-            counted(count, "socket"),
-            if count == 1 { "is" } else { "are" }
+            "{} became stuck in {time} and stayed so",
+            counted(count, "socket")
         ),
     };
+    if found.unknown > 0 {
+        text += &format!("; no stack is known of {}", found.unknown);
+    }
     match found.before {
-        0 => new,
-        1 => format!("{new}; 1 was stuck before, and its place cannot be known"),
-        count => format!("{new}; {count} were stuck before, and their places cannot be known"),
+        0 => text,
+        1 => text + "; 1 was stuck before, and its place cannot be known",
+        count => text + &format!("; {count} were stuck before, and their places cannot be known"),
     }
 }
 
@@ -87,7 +131,7 @@ fn write_place(
             Some(place) => format!("{process} ({})", escape(&place)),
             None => process.to_string(),
         },
-        None => format!("process {}", place.pid),
+        None => format!("process {}", place.traced.pid),
     };
     let (first, last) = place.times();
     let (first, last) = (clock(first), clock(last));
@@ -100,13 +144,13 @@ fn write_place(
         found.known(),
         percent(count, found.known())
     );
-    for line in broken(&head, style.columns) {
+    for line in rows(&head, style) {
         let bold = Paint::new().bold();
         writeln!(out, "{}", painted(&line, bold, style))?;
     }
-    let example = |(target, _): &(&crate::model::Target, _)| {
+    let example = |(target, _): &(&Target, _)| {
         let socket = &target.socket;
-        let fd = target.owners.first().map(|owner| owner.fd.0);
+        let fd = fd_in(target, place.traced.pid);
         let fd = fd.map_or_else(String::new, |fd| format!(" (fd {fd})"));
         format!(
             "{} - {}{fd}",
@@ -121,12 +165,15 @@ fn write_place(
         .map(example)
         .collect();
     let examples = format!("   for example {}", examples.join(", "));
-    for line in broken(&examples, style.columns) {
+    for line in rows(&examples, style) {
         writeln!(out, "{line}")?;
     }
     match place.read {
         Some(stack) => {
-            writeln!(out, "   read the end here, and did not close:")?;
+            writeln!(
+                out,
+                "   read the end here and did not close (your code is at >):"
+            )?;
             write_stack(stack, style, out)?;
         }
         None => writeln!(out, "   nobody has read the end")?,
@@ -136,7 +183,7 @@ fn write_place(
             Opened::Connected => "connected",
             Opened::Accepted => "accepted",
         };
-        writeln!(out, "   {how} here:")?;
+        writeln!(out, "   one of them was {how} here:")?;
         write_stack(stack, style, out)?;
     }
     Ok(())
@@ -145,7 +192,10 @@ fn write_place(
 fn write_stack(stack: &Stack, style: Style, out: &mut dyn Write) -> io::Result<()> {
     let marked = stack.first_own();
     let shown = frames_shown(stack, style.verbose);
-    for (at, frame) in stack.frames.iter().enumerate().take(shown) {
+    for (at, frame) in stack.frames.iter().enumerate() {
+        if !shown.contains(&at) {
+            continue;
+        }
         let mark = match Some(at) == marked {
             true => "   > ",
             false => "     ",
@@ -159,37 +209,37 @@ fn write_stack(stack: &Stack, style: Style, out: &mut dyn Write) -> io::Result<(
             Origin::Own if Some(at) == marked => Paint::new().fg_color(Some(AnsiColor::Red.into())),
             Origin::Own => Paint::new(),
         };
-        for line in broken(&line, style.columns) {
+        for line in rows(&line, style) {
             writeln!(out, "{}", painted(&line, paint, style))?;
         }
     }
-    let rest = stack.frames.len() - shown;
-    if rest > 0 {
-        return writeln!(
-            out,
-            "     and {} more: -v shows all",
-            counted(rest, "caller")
-        );
+    let left_out = stack.frames.len() - shown.len();
+    if left_out > 0 {
+        let more = counted(left_out, "more function");
+        writeln!(out, "     and {more}: -v shows all")?;
     }
     match stack.end {
         End::Whole => Ok(()),
         End::Cut => writeln!(
             out,
-            "     (its callers are beyond the part that was copied)"
+            "     (the stack is deeper than the part that was copied)"
         ),
-        End::Lost => writeln!(out, "     (its callers are not known)"),
+        End::Lost => writeln!(out, "     (it is not known who called this)"),
     }
 }
 
-/// As many as fit, and up to the function after the first of the program's own.
-fn frames_shown(stack: &Stack, all: bool) -> usize {
+/// The first function of the program's own, what it has called, and some of its callers.
+fn frames_shown(stack: &Stack, all: bool) -> Range<usize> {
     let len = stack.frames.len();
-    let least = stack.first_own().map_or(0, |own| own + 2);
-    match all {
-        true => len,
-        // A line that says that one more is there takes as much room as that one.
-        false if len <= MAX_FRAMES + 1 => len,
-        false => least.max(MAX_FRAMES).min(len),
+    let shown = match (all, stack.first_own()) {
+        (true, _) => 0..len,
+        (false, Some(own)) => own.saturating_sub(1)..(own + 1 + MAX_CALLERS).min(len),
+        (false, None) => 0..MAX_FRAMES.min(len),
+    };
+    // A line that says that one more is there takes as much room as that one.
+    match len - shown.len() {
+        0 | 1 => 0..len,
+        _ => shown,
     }
 }
 
@@ -237,15 +287,6 @@ fn percent(part: usize, whole: usize) -> usize {
         0 => 0,
         whole => (100 * part + whole / 2) / whole,
     }
-}
-
-/// The time of day in UTC of a time of CLOCK_MONOTONIC.
-fn clock(at: Duration) -> String {
-    let ago = monotonic().saturating_sub(at);
-    let time = SystemTime::now().checked_sub(ago);
-    let text =
-        humantime::format_rfc3339_seconds(time.unwrap_or(SystemTime::UNIX_EPOCH)).to_string();
-    text.split('T').nth(1).unwrap_or(&text).to_owned()
 }
 
 #[cfg(test)]
@@ -300,7 +341,7 @@ mod tests {
             frames,
             end: End::Whole,
         };
-        assert_eq!(frames_shown(&stack, false), 22);
-        assert_eq!(frames_shown(&stack, true), 23);
+        assert_eq!(frames_shown(&stack, false), 19..23);
+        assert_eq!(frames_shown(&stack, true), 0..23);
     }
 }

@@ -148,11 +148,11 @@ impl Iterator {
     ///
     /// # Errors
     /// As [`Iterator::load`].
-    pub fn load_over(
+    pub fn load_over<const WORDS: usize>(
         name: &str,
         program: &[Insn],
         target: u32,
-        storage: &SocketStorage,
+        storage: &SocketStorage<WORDS>,
     ) -> Result<Self, BpfError> {
         Self::link(name, program, target, Some(storage.fd()))
     }

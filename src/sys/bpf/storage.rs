@@ -13,7 +13,7 @@ const NO_PREALLOC: u32 = 1;
 
 /// As many numbers of 64 bits as `WORDS`, of each socket that has them.
 #[derive(Debug)]
-pub struct SocketStorage<const WORDS: usize = 8>(OwnedFd);
+pub struct SocketStorage<const WORDS: usize>(OwnedFd);
 
 #[repr(C)]
 #[derive(Default)]

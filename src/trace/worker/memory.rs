@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use procfs::process::{MMPermissions, MMapPath, MemoryMap};
 
-use crate::trace::stack::Runtime;
+use crate::trace::origin::Runtime;
 
 /// A part of the memory that has code.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,12 +16,12 @@ pub struct Code {
     pub end: u64,
     /// The place of `start` in the file.
     pub offset: u64,
-    pub from: From,
+    pub from: CodeSource,
 }
 
 /// Where code comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum CodeSource {
     File(Mapped),
     /// The kernel's own code in every process.
     Vdso,
@@ -69,7 +69,7 @@ impl Memory {
     /// Whether each file is where it was before.
     pub fn has_all_files_of(&self, before: &Memory) -> bool {
         let mut code = before.code.iter();
-        code.all(|code| code.from == From::RunTime || self.at(code.start) == Some(code))
+        code.all(|code| code.from == CodeSource::RunTime || self.at(code.start) == Some(code))
     }
 
     /// The last address of code.
@@ -80,8 +80,8 @@ impl Memory {
     /// What the process runs on, as far as the names of its files tell it.
     pub fn runtime(&self) -> Option<Runtime> {
         self.code.iter().find_map(|code| match &code.from {
-            From::File(file) => runtime(base(&file.name)),
-            From::Vdso | From::RunTime => None,
+            CodeSource::File(file) => runtime(base(&file.name)),
+            CodeSource::Vdso | CodeSource::RunTime => None,
         })
     }
 
@@ -105,7 +105,10 @@ impl Memory {
     }
 }
 
-/// Opens a file to read it. A file that is none, such as a pipe, does not hold cwkill up.
+/// Opens a file to read it. A FIFO in its place does not hold the reader up.
+///
+/// # Errors
+/// As open(2).
 pub fn open(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options
@@ -121,14 +124,14 @@ fn code(map: MemoryMap) -> Option<Code> {
     let from = match map.pathname {
         MMapPath::Path(path) => {
             let name = path.to_string_lossy();
-            From::File(Mapped {
+            CodeSource::File(Mapped {
                 name: name.strip_suffix(DELETED).unwrap_or(&name).to_owned(),
                 device: map.dev,
                 inode: map.inode,
             })
         }
-        MMapPath::Vdso => From::Vdso,
-        _ => From::RunTime,
+        MMapPath::Vdso => CodeSource::Vdso,
+        _ => CodeSource::RunTime,
     };
     Some(Code {
         start: map.address.0,
@@ -166,7 +169,7 @@ mod tests {
         let memory = Memory::read(pid).unwrap();
         let here = a_process_finds_its_own_code as *const () as usize as u64;
         let code = memory.at(here).unwrap();
-        let From::File(file) = &code.from else {
+        let CodeSource::File(file) = &code.from else {
             panic!("{code:?}");
         };
         let path = memory.path(code, file).unwrap();

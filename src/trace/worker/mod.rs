@@ -10,42 +10,23 @@ mod unwind;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use caps::Capability;
 use nix::sys::resource::{Resource, setrlimit};
-use serde::{Deserialize, Serialize};
 
-use super::stack::{End, Problem, Runtime, Stack};
+use super::origin::Runtime;
+use super::problem::Problem;
+use super::protocol::{Answer, LastWords, Question, write_line};
+use super::stack::{End, Stack};
 use crate::privileges::capabilities;
-use memory::{From, Memory};
+use memory::{CodeSource, Memory};
 use names::Names;
 use perf_map::PerfMap;
-use unwind::{Input, Unwinder};
-
-/// The numbers before the stack in a question: ip, sp, fp, lr, and the length of the stack.
-pub(super) const HEAD: usize = 5;
-
-/// The answer to a question, a line of JSON.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Answer {
-    /// The number of the stack.
-    pub number: usize,
-    /// The stack, if this number was not used before, or if more is known of it now.
-    pub stack: Option<Stack>,
-}
-
-/// What comes last, another line.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Last {
-    /// Stacks of which more is known now.
-    pub again: Vec<Answer>,
-    /// What keeps stacks of this process from telling more.
-    pub problems: BTreeSet<Problem>,
-}
+use unwind::Unwinder;
 
 /// What it needs to read the files of a process of another user; the last one is for /proc/PID/map_files (fs/proc/base.c,
 /// proc_map_files_get_link).
@@ -55,11 +36,11 @@ pub const CAPABILITIES: [Capability; 3] = [
     Capability::CAP_CHECKPOINT_RESTORE,
 ];
 
-/// Memory for unwind information and symbols. Files are mapped, which does not count.
+/// Bytes of memory for unwind information and symbols of one process. Symbol files are mapped, which does not count.
 const MAX_MEMORY: u64 = 1 << 30;
 /// Seconds of processor time for the symbols of one process.
 const MAX_CPU: u64 = 60;
-/// Different stacks of a process. Further ones get the number of the last.
+/// Different stacks of a process. Of further ones nothing is known.
 const MAX_STACKS: usize = 10_000;
 /// The memory map is read again for an unknown address, at most so often.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -70,36 +51,29 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// What cannot be read or written. A problem with the traced process is an answer.
 pub fn serve(pid: i32) -> io::Result<()> {
     limit();
-    let mut traced = Traced::open(pid);
+    let mut traced = TracedProcess::open(pid);
     let (mut questions, mut answers) = (io::stdin().lock(), io::stdout().lock());
-    while let Some(input) = read_question(&mut questions)? {
+    while let Some(question) = Question::read(&mut questions)? {
         let answer = match &mut traced {
-            Ok(traced) => traced.answer(&input),
+            Ok(traced) => traced.answer(&question),
             Err(_) => Answer {
-                number: 0,
-                stack: Some(Stack::default()),
+                number: None,
+                stack: None,
             },
         };
         write_line(&mut answers, &answer)?;
     }
     let last = match traced {
         Ok(traced) => traced.finish(),
-        Err(problem) => Last {
+        Err(problem) => LastWords {
             problems: [problem].into(),
-            ..Last::default()
+            ..LastWords::default()
         },
     };
     write_line(&mut answers, &last)
 }
 
-fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(value)?;
-    line.push(b'\n');
-    out.write_all(&line)?;
-    out.flush()
-}
-
-/// Gives up what it does not need. If that fails, it is as good as cwkill itself.
+/// Gives up what it does not need. Where the kernel refuses that, it goes on with more rights, or without a limit.
 fn limit() {
     let _ = capabilities::drop_all_but(&CAPABILITIES.into());
     let _ = setrlimit(Resource::RLIMIT_DATA, MAX_MEMORY, MAX_MEMORY);
@@ -107,31 +81,8 @@ fn limit() {
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
 }
 
-/// `None` at the end of the input.
-fn read_question(from: &mut impl Read) -> io::Result<Option<Input>> {
-    let mut head = [0; 8 * HEAD];
-    if from.read(&mut head[..1])? == 0 {
-        return Ok(None);
-    }
-    from.read_exact(&mut head[1..])?;
-    let (words, _) = head.as_chunks::<8>();
-    let [ip, sp, fp, lr, len] = std::array::from_fn(|at| u64::from_ne_bytes(words[at]));
-    let mut stack = Vec::new();
-    let read = from.by_ref().take(len).read_to_end(&mut stack)?;
-    match read as u64 == len {
-        true => Ok(Some(Input {
-            ip,
-            sp,
-            fp,
-            lr,
-            stack,
-        })),
-        false => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
-}
-
 /// The traced process.
-struct Traced {
+struct TracedProcess {
     pid: i32,
     /// The file that it runs, by device and inode.
     program: Option<(u64, u64)>,
@@ -146,7 +97,7 @@ struct Traced {
     problems: BTreeSet<Problem>,
 }
 
-impl Traced {
+impl TracedProcess {
     fn open(pid: i32) -> Result<Self, Problem> {
         let memory = Memory::read(pid).map_err(|error| match error.kind() {
             io::ErrorKind::PermissionDenied => Problem::Refused,
@@ -160,7 +111,7 @@ impl Traced {
         if is_32_bit {
             return Err(Problem::ThirtyTwoBits);
         }
-        Ok(Traced {
+        Ok(TracedProcess {
             pid,
             program: program(pid),
             memory,
@@ -173,24 +124,28 @@ impl Traced {
         })
     }
 
-    fn answer(&mut self, input: &Input) -> Answer {
+    fn answer(&mut self, question: &Question) -> Answer {
         if program(self.pid) != self.program {
             self.read_again();
         }
-        let (mut addresses, mut end) = self.unwinder.unwind(input, &self.memory);
+        let (mut addresses, mut end) = self.unwinder.unwind(question, &self.memory);
         let is_known = |address: &u64| self.memory.at(*address).is_some();
         if !addresses.iter().all(is_known) && self.read_at.elapsed() > REFRESH {
             // A library was loaded meanwhile, or code was made.
             self.read_again();
-            (addresses, end) = self.unwinder.unwind(input, &self.memory);
+            (addresses, end) = self.unwinder.unwind(question, &self.memory);
         }
         let next = self.before + self.known.len();
-        let known = self.known.get(&addresses).map(|known| known.number);
-        // A program that makes more has code that is different each time. The last one stands for the rest.
-        let known = known.or((next >= MAX_STACKS).then(|| next - 1));
-        if let Some(number) = known {
+        if let Some(known) = self.known.get(&addresses) {
             return Answer {
-                number,
+                number: Some(known.number),
+                stack: None,
+            };
+        }
+        if next >= MAX_STACKS {
+            self.problems.insert(Problem::TooManyStacks);
+            return Answer {
+                number: None,
                 stack: None,
             };
         }
@@ -198,7 +153,7 @@ impl Traced {
         self.note_problems(&addresses, &stack);
         self.known.insert(addresses, Known { number: next, end });
         Answer {
-            number: next,
+            number: Some(next),
             stack: Some(stack),
         }
     }
@@ -237,7 +192,7 @@ impl Traced {
     fn note_problems(&mut self, addresses: &[u64], stack: &Stack) {
         let is_gone = |address: &u64| match self.memory.at(*address).map(|code| (code, &code.from))
         {
-            Some((code, From::File(file))) => self.memory.path(code, file).is_err(),
+            Some((code, CodeSource::File(file))) => self.memory.path(code, file).is_err(),
             _ => false,
         };
         let has_names = stack.frames.iter().any(|frame| frame.function.is_some());
@@ -249,7 +204,7 @@ impl Traced {
     }
 
     /// A virtual machine may have written its names only now.
-    fn finish(mut self) -> Last {
+    fn finish(mut self) -> LastWords {
         self.names.perf_map = read_perf_map(self.pid).or(self.names.perf_map.take());
         let has_map = self.names.perf_map.is_some();
         let problem = match self.names.runtime {
@@ -266,18 +221,18 @@ impl Traced {
         self.problems.extend(problem);
         let is_of_run_time = |address: &u64| {
             let code = self.memory.at(*address);
-            code.is_some_and(|code| code.from == From::RunTime)
+            code.is_some_and(|code| code.from == CodeSource::RunTime)
         };
         let mut again = Vec::new();
         for (addresses, known) in &self.known {
             if has_map && addresses.iter().any(is_of_run_time) {
                 again.push(Answer {
-                    number: known.number,
+                    number: Some(known.number),
                     stack: Some(self.stack(addresses, known.end)),
                 });
             }
         }
-        Last {
+        LastWords {
             again,
             problems: self.problems,
         }
@@ -322,27 +277,4 @@ fn read_perf_map(pid: i32) -> Option<PerfMap> {
     let user = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
     let path = format!("/proc/{pid}/root/tmp/perf-{own}.map");
     PerfMap::read(Path::new(&path), user).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_question_that_is_cut_is_an_error() {
-        let mut question = Vec::new();
-        for number in [1_u64, 2, 3, 4, 8] {
-            question.extend(number.to_ne_bytes());
-        }
-        question.extend(*b"abcdefgh");
-        let read = |bytes: &[u8]| read_question(&mut &*bytes);
-        let input = read(&question).unwrap().unwrap();
-        assert_eq!(
-            (input.ip, input.lr, input.stack),
-            (1, 4, b"abcdefgh".to_vec())
-        );
-        assert!(read(&question[..20]).is_err());
-        assert!(read(&question[..44]).is_err());
-        assert!(read(&[]).unwrap().is_none());
-    }
 }

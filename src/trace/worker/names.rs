@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use blazesym::symbolize::source::{Elf, Source};
 use blazesym::symbolize::{CodeInfo, Input, Sym, Symbolized, Symbolizer};
 
-use super::memory::{From, Memory};
+use super::memory::{CodeSource, Memory};
 use super::perf_map::{self, PerfMap};
-use crate::trace::stack::{Frame, Origin, Runtime};
+use crate::trace::origin::{Origin, Runtime};
+use crate::trace::stack::Frame;
 
 /// The reader of symbols of one process.
 pub struct Names {
@@ -42,15 +43,15 @@ impl Names {
     pub fn frames(&self, address: u64, memory: &Memory) -> Vec<Frame> {
         let code = memory.at(address);
         match code.map(|code| (code, &code.from)) {
-            Some((code, From::File(file))) => {
+            Some((code, CodeSource::File(file))) => {
                 let in_file = address - code.start + code.offset;
                 let path = memory.path(code, file).ok();
                 self.frames_of_file(path.as_deref(), &file.name, in_file)
             }
-            Some((code, From::Vdso)) => {
+            Some((code, CodeSource::Vdso)) => {
                 vec![self.frame(None, None, None, Some("[vdso]"), address - code.start)]
             }
-            Some((_, From::RunTime)) | None => vec![self.frame_of_run_time(address)],
+            Some((_, CodeSource::RunTime)) | None => vec![self.frame_of_run_time(address)],
         }
     }
 

@@ -10,7 +10,8 @@ use framehop::{
 use object::read::{ReadCache, ReadRef};
 use object::{Object, ObjectSection, ObjectSegment};
 
-use super::memory::{self, Code, From, Memory};
+use super::memory::{self, Code, CodeSource, Memory};
+use crate::trace::protocol::Question;
 use crate::trace::stack::End;
 
 /// A stack with more functions is cut.
@@ -18,16 +19,10 @@ const MAX_FRAMES: usize = 128;
 /// The largest section with unwind information that is read. Those of the largest programs have 30 MB.
 const MAX_SECTION: u64 = 256 << 20;
 
-/// Registers and stack of a thread in a system call.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Input {
-    pub ip: u64,
-    pub sp: u64,
-    pub fp: u64,
-    /// 0 on processors without a link register.
-    pub lr: u64,
-    pub stack: Vec<u8>,
-}
+/// A missing word so near to the copied part of a stack is beyond it; one farther away is on no stack. The usual limit of a stack is 8 MB.
+const NEAR: u64 = 8 << 20;
+/// Where a page ends is known by its lower bits. The smallest page has 4 KiB.
+const IN_PAGE: u64 = 0xfff;
 
 /// The unwind information of a process, as far as its stacks have needed it.
 pub struct Unwinder {
@@ -49,7 +44,7 @@ impl Default for Unwinder {
 
 impl Unwinder {
     /// The addresses of the calls, the innermost first: where the thread is, and for each caller an address in its call.
-    pub fn unwind(&mut self, input: &Input, memory: &Memory) -> (Vec<u64>, End) {
+    pub fn unwind(&mut self, input: &Question, memory: &Memory) -> (Vec<u64>, End) {
         self.add(input.ip, memory);
         self.add(input.lr, memory);
         // What looks like an address of code may be one. Files that the stack does not name are not read.
@@ -75,7 +70,7 @@ impl Unwinder {
                 Err(framehop::Error::CouldNotReadStack(address)) => {
                     let end = input.sp.saturating_add(input.stack.len() as u64);
                     // Beyond what was copied, or at no stack at all.
-                    let is_beyond = address.saturating_add(8) > end && address - end < 1 << 23;
+                    let is_beyond = address.saturating_add(8) > end && address - end < NEAR;
                     break if is_beyond { End::Cut } else { End::Lost };
                 }
                 Err(_) => break End::Lost,
@@ -93,7 +88,7 @@ impl Unwinder {
             return;
         }
         // Without it, frame pointers are followed.
-        if let From::File(file) = &code.from
+        if let CodeSource::File(file) = &code.from
             && let Ok(path) = memory.path(code, file)
             && let Ok(Some(module)) = module(&path, code)
         {
@@ -103,13 +98,13 @@ impl Unwinder {
 }
 
 #[cfg(target_arch = "aarch64")]
-fn registers(input: &Input, memory: &Memory) -> UnwindRegsNative {
+fn registers(input: &Question, memory: &Memory) -> UnwindRegsNative {
     let mask = framehop::aarch64::PtrAuthMask::from_max_known_address(memory.end().max(input.sp));
     UnwindRegsNative::new_with_ptr_auth_mask(mask, input.lr, input.sp, input.fp)
 }
 
 #[cfg(not(target_arch = "aarch64"))]
-fn registers(input: &Input, _: &Memory) -> UnwindRegsNative {
+fn registers(input: &Question, _: &Memory) -> UnwindRegsNative {
     UnwindRegsNative::new(input.ip, input.sp, input.fp)
 }
 
@@ -124,7 +119,7 @@ fn module(path: &std::path::Path, code: &Code) -> io::Result<Option<Module<Vec<u
         let (at, size) = segment.file_range();
         // A mapping begins at a page, so it may have the end of the segment before.
         let covers =
-            at <= code.offset.saturating_add(0xfff) && code.offset < at.checked_add(size)?;
+            at <= code.offset.saturating_add(IN_PAGE) && code.offset < at.checked_add(size)?;
         let address = segment.address().wrapping_add(code.offset.wrapping_sub(at));
         let has_code = segment.permissions().executable();
         (has_code && covers).then(|| code.start.wrapping_sub(address))

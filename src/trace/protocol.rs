@@ -1,0 +1,122 @@
+//! What cwkill and a process that reads symbols say to each other, through pipes: a question for each sample, an answer to each, and at the
+//! end of the questions the last words.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize};
+
+use super::problem::Problem;
+use super::stack::Stack;
+
+/// Registers and stack of a thread in a system call. In the pipe: the registers and the length of the stack, each 8 bytes, and the stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    pub ip: u64,
+    pub sp: u64,
+    pub fp: u64,
+    /// 0 on processors without a link register.
+    pub lr: u64,
+    /// What stands in memory from `sp` on.
+    pub stack: Vec<u8>,
+}
+
+/// The answer to a question, a line of JSON.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The number of the stack; `None` if nothing is known of it.
+    pub number: Option<usize>,
+    /// The stack, if this number was not used before, or if more is known of it now.
+    pub stack: Option<Stack>,
+}
+
+/// What comes after the last answer, another line.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastWords {
+    /// Stacks of which more is known now.
+    pub again: Vec<Answer>,
+    /// What keeps stacks of this process from telling more.
+    pub problems: BTreeSet<Problem>,
+}
+
+/// The numbers before the stack.
+const HEAD: usize = 5;
+
+impl Question {
+    /// # Errors
+    /// As write(2).
+    pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
+        let mut bytes = Vec::with_capacity(8 * HEAD + self.stack.len());
+        let len = self.stack.len() as u64;
+        for number in [self.ip, self.sp, self.fp, self.lr, len] {
+            bytes.extend(number.to_ne_bytes());
+        }
+        bytes.extend(&self.stack);
+        to.write_all(&bytes)
+    }
+
+    /// The next question; `None` at the end of the input.
+    ///
+    /// # Errors
+    /// As read(2), or the input ends in a question.
+    pub fn read(from: &mut impl Read) -> io::Result<Option<Self>> {
+        let mut head = [0; 8 * HEAD];
+        if from.read(&mut head[..1])? == 0 {
+            return Ok(None);
+        }
+        from.read_exact(&mut head[1..])?;
+        let (words, _) = head.as_chunks::<8>();
+        let [ip, sp, fp, lr, len] = std::array::from_fn(|at| u64::from_ne_bytes(words[at]));
+        let mut stack = Vec::new();
+        let read = from.by_ref().take(len).read_to_end(&mut stack)?;
+        match read as u64 == len {
+            true => Ok(Some(Question {
+                ip,
+                sp,
+                fp,
+                lr,
+                stack,
+            })),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+/// Writes an answer, or the last words.
+///
+/// # Errors
+/// As write(2).
+pub fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    out.write_all(&line)?;
+    out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_is_read_as_it_was_written() {
+        let question = Question {
+            ip: 1,
+            sp: 2,
+            fp: 3,
+            lr: u64::MAX,
+            stack: b"abcdefgh".to_vec(),
+        };
+        let mut bytes = Vec::new();
+        question.write(&mut bytes).unwrap();
+        question.write(&mut bytes).unwrap();
+        let mut input = bytes.as_slice();
+        for _ in 0..2 {
+            assert_eq!(Question::read(&mut input).unwrap(), Some(question.clone()));
+        }
+        assert_eq!(Question::read(&mut input).unwrap(), None);
+        // Cut in its registers, and in its stack.
+        for len in [1, 20, 44] {
+            assert!(Question::read(&mut &bytes[..len]).is_err(), "{len}");
+        }
+    }
+}
