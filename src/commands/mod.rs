@@ -62,11 +62,13 @@ pub fn serve_trace() -> Option<ExitCode> {
     #[cfg(feature = "trace")]
     {
         let words: Vec<OsString> = std::env::args_os().skip(1).collect();
-        if let [command, pid] = &words[..]
+        let number = |word: &OsString| word.to_str()?.parse().ok();
+        if let [command, pid, started] = &words[..]
             && command == crate::trace::symbols::COMMAND
-            && let Some(pid) = pid.to_str().and_then(|pid| pid.parse().ok())
+            && let Some(pid) = number(pid).and_then(|pid: u64| i32::try_from(pid).ok())
+            && let Some(started) = number(started)
         {
-            let served = trace::read_symbols(pid);
+            let served = trace::read_symbols(pid, started);
             return Some(served.unwrap_or(ExitStatus::Impossible).into());
         }
     }

@@ -1,5 +1,7 @@
 //! `cwkill trace`: watches who reads the end of streams, and reports the lines of code that leave sockets stuck.
 
+use std::time::Duration;
+
 use anyhow::{Context, ensure};
 use nix::errno::Errno;
 
@@ -14,7 +16,7 @@ use crate::control::{Control, deadline};
 use crate::filter::Scope;
 use crate::finder;
 use crate::history::History;
-use crate::model::Privilege;
+use crate::model::{Privilege, Scan};
 use crate::privileges::capabilities;
 use crate::report::{ExitStatus, trace as report};
 use crate::tcp::TcpState;
@@ -64,15 +66,22 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     // It shows no progress.
     let mut terminal = Terminal::new(true, true)?;
     terminal.hold_signals();
+    let mut history = History::open();
+    let find_sockets = || -> anyhow::Result<Scan> {
+        let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, &proc)?;
+        // Of any owner: what is of interest is decided at the end.
+        let mut selectors = scope.selectors.clone();
+        selectors.min_age = Duration::ZERO;
+        Ok(finder::find_sockets(&namespaces, &selectors, &history)?)
+    };
+    let mut watch = Watch::new(tracer, &find_sockets()?);
     let time = duration.map_or_else(String::new, |time| format!(" for {}", seconds(time)));
     // Printed without a terminal, too: scripts wait for this line.
     say(format_args!(
         "watching{time}; Ctrl-C ends it and shows what was found"
     ));
     let until = duration.map(|duration| deadline(terminal.now(), duration));
-    let mut watch = Watch::new(tracer);
     watch.go_on(until, &terminal);
-    let mut history = History::open();
     let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, &proc)?;
     let scan = finder::find(&namespaces, &proc, &scope.selectors, &history)?;
     say_notes(history.take_notes());
@@ -100,7 +109,7 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
 }
 
 /// The hidden command of the process that reads symbols.
-pub(super) fn read_symbols(pid: i32) -> anyhow::Result<ExitStatus> {
-    worker::serve(pid).context("cannot read symbols")?;
+pub(super) fn read_symbols(pid: i32, started: u64) -> anyhow::Result<ExitStatus> {
+    worker::serve(pid, started).context("cannot read symbols")?;
     Ok(ExitStatus::Done)
 }

@@ -12,11 +12,13 @@ pub mod stack;
 pub mod symbols;
 pub mod worker;
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use crate::bpf::BpfError;
 use crate::bpf::tracer::{Counts, Life, Tracer};
 use crate::control::Control;
+use crate::model::Scan;
 use crate::sys::monotonic;
 use symbols::Symbols;
 
@@ -37,31 +39,45 @@ const MAX_OF: u32 = 1 << 12;
 pub struct Watch {
     tracer: Tracer,
     symbols: Symbols,
+    /// The cookies of the sockets that were stuck when it began.
+    before: HashSet<u64>,
     begun: Duration,
+    ended: Duration,
 }
 
 /// What a trace has seen.
 #[derive(Debug)]
 pub struct Trace {
     pub symbols: Symbols,
+    /// The cookies of the sockets that were stuck when it began.
+    pub before: HashSet<u64>,
     /// The sockets in CLOSE-WAIT at its end that it knows something of.
     pub lives: Vec<Life>,
     pub counts: Counts,
+    /// CLOCK_MONOTONIC. What became stuck later does not count.
+    pub ended: Duration,
     pub lasted: Duration,
     /// Why accepted connections were not seen, if they were not.
     pub no_accepts: Option<String>,
 }
 
 impl Watch {
-    pub fn new(tracer: Tracer) -> Self {
+    /// `before`: the sockets that are stuck, listed after the programs were attached.
+    pub fn new(tracer: Tracer, before: &Scan) -> Self {
         Watch {
             tracer,
             symbols: Symbols::default(),
+            before: before
+                .targets
+                .iter()
+                .map(|it| it.socket.cookie().0)
+                .collect(),
             begun: monotonic(),
+            ended: Duration::MAX,
         }
     }
 
-    /// Goes on until `until`, or until the operator stops it.
+    /// Goes on until `until`, or until the operator stops it, and a moment longer: what closes in this moment was not stuck.
     pub fn go_on(&mut self, until: Option<Instant>, control: &dyn Control) {
         let mut seen = Counts::default();
         while !control.interrupted() {
@@ -70,7 +86,7 @@ impl Watch {
                 break;
             }
             control.sleep(left.map_or(TICK, |left| left.min(TICK)));
-            self.take(SETTLE);
+            self.take(SETTLE, false);
             let counts = self.tracer.counts();
             self.tracer.sample_one_of(
                 one_of(counts.closed_by_peer - seen.closed_by_peer, READS_PER_TICK),
@@ -78,30 +94,36 @@ impl Watch {
             );
             seen = counts;
         }
+        self.ended = monotonic();
+        control.sleep(SETTLE);
     }
 
-    fn take(&mut self, age: Duration) {
-        self.tracer.take(age, |sample| self.symbols.read(sample));
-        self.symbols.collect();
+    fn take(&mut self, age: Duration, is_last: bool) {
+        let symbols = &mut self.symbols;
+        self.tracer
+            .take(age, |sample| symbols.read(sample, is_last));
+        symbols.collect();
     }
 
-    /// Detaches the programs, and waits for the last symbols. Call it after the sockets were listed: what becomes stuck between the list and
-    /// this call is not in the list, and nothing in the list is unknown here that became stuck during the trace.
+    /// Detaches the programs, and waits for the last symbols. Call it after the sockets were listed: what is in the list and became stuck
+    /// during the trace is known here then.
     ///
     /// # Errors
     /// What the programs have kept cannot be read.
     pub fn finish(mut self) -> Result<Trace, BpfError> {
-        self.take(Duration::ZERO);
+        self.take(Duration::ZERO, true);
         let lives = self.tracer.lives()?;
         let counts = self.tracer.counts();
-        let lasted = monotonic().saturating_sub(self.begun);
+        let lasted = self.ended.saturating_sub(self.begun);
         let no_accepts = self.tracer.detach();
         let no_accepts = no_accepts.map(|error| format!("{:#}", anyhow::Error::new(error)));
         self.symbols.finish();
         Ok(Trace {
             symbols: self.symbols,
+            before: self.before,
             lives,
             counts,
+            ended: self.ended,
             lasted,
             no_accepts,
         })

@@ -120,6 +120,7 @@ impl Origin {
             RUNTIME_FILES.iter().any(|start| base.starts_with(start))
                 || is_interpreter(base)
                 || base.contains(".cpython-")
+                || module.is_some_and(is_of_system)
         });
         let is_runtime_function = function.is_some_and(|name| match runtime {
             Some(Runtime::Go) => is_of_go(name) || is_of_c(name),
@@ -136,6 +137,21 @@ impl Origin {
             false => Origin::Own,
         }
     }
+}
+
+/// A library in a directory for libraries of every program. Modules of a program lie in directories of their own, mostly below these.
+fn is_of_system(module: &str) -> bool {
+    let Some((directory, base)) = module.rsplit_once('/') else {
+        return false;
+    };
+    let directory = directory.strip_prefix("/usr").unwrap_or(directory);
+    let in_libraries = match directory.strip_prefix("/lib") {
+        Some("" | "64") => true,
+        // /lib/x86_64-linux-gnu
+        Some(rest) => rest.starts_with('/') && rest.ends_with("-linux-gnu"),
+        None => false,
+    };
+    in_libraries && base.contains(".so")
 }
 
 /// The name of an interpreter, perhaps with a version at its end.
@@ -185,6 +201,10 @@ mod tests {
         let module = "/usr/lib/x86_64-linux-gnu/libc.so.6";
         assert_eq!(origin("read", module, None), Origin::Runtime);
         assert_eq!(origin("leaky_handler", "/srv/app", None), Origin::Own);
+        let ssl = "/usr/lib/x86_64-linux-gnu/libssl.so.3";
+        assert_eq!(origin("SSL_read", ssl, None), Origin::Runtime);
+        let module = "/usr/lib/redis/modules/leak.so";
+        assert_eq!(origin("leak_command", module, None), Origin::Own);
         // Linked statically.
         assert_eq!(origin("__libc_recv", "/srv/app", None), Origin::Runtime);
         assert_eq!(origin("read_to_end", "/srv/app", None), Origin::Own);

@@ -1,7 +1,7 @@
 //! Which stuck sockets come from which place in the code.
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +21,8 @@ pub struct Places<'a> {
     pub unread: Vec<Unread>,
     /// The stuck sockets that became stuck during the trace.
     pub new: usize,
+    /// Those of `new` whose end was read.
+    pub read: usize,
     /// Those of `new` whose end was read, and of which no stack was taken, or none could be read.
     pub unknown: usize,
     /// The sockets that were stuck before, so that their place cannot be known.
@@ -32,16 +34,27 @@ pub struct Places<'a> {
 /// A place in the code that reads the end of streams and leaves their sockets open; or one that opens connections whose end nobody reads.
 #[derive(Debug)]
 pub struct Place<'a> {
-    /// The process that runs this code.
-    pub traced: Traced,
-    /// The same, if it owns one of the sockets.
-    pub process: Option<Arc<Process>>,
+    /// The processes that run this code, each as an owner if it owns one of the sockets.
+    pub processes: BTreeMap<Traced, Option<Arc<Process>>>,
     /// Where the end was read; `None` if nobody has read it.
     pub read: Option<&'a Stack>,
     /// How and where one of the connections was opened, if that was seen.
     pub opened: Option<(Opened, &'a Stack)>,
     /// The sockets, the oldest first.
-    pub sockets: Vec<(&'a Target, Life)>,
+    pub sockets: Vec<Stuck<'a>>,
+    /// Its part of all sockets that became stuck, from 0 to 1. Where not each read was sampled, a socket stands for several.
+    pub share: f64,
+}
+
+/// A socket of a place.
+#[derive(Clone, Copy, Debug)]
+pub struct Stuck<'a> {
+    pub target: &'a Target,
+    /// The process whose code it is.
+    pub traced: Traced,
+    /// When it became stuck, by CLOCK_MONOTONIC; `None` if that was before the trace.
+    pub since: Option<Duration>,
+    weight: u64,
 }
 
 /// A process that has not read the end of sockets.
@@ -55,9 +68,18 @@ pub struct Unread {
 }
 
 impl Place<'_> {
+    /// The first of its processes, and the same as an owner.
+    pub fn process(&self) -> (Traced, Option<&Arc<Process>>) {
+        let known = self.processes.iter().find(|(_, process)| process.is_some());
+        let (traced, process) = known
+            .or(self.processes.iter().next())
+            .expect("a place has a process");
+        (*traced, process.as_ref())
+    }
+
     /// When the first and the last of its sockets became stuck. CLOCK_MONOTONIC.
     pub fn times(&self) -> (Duration, Duration) {
-        let times = || self.sockets.iter().filter_map(|(_, life)| life.stuck_since);
+        let times = || self.sockets.iter().filter_map(|stuck| stuck.since);
         let (first, last) = (times().min(), times().max());
         (first.unwrap_or_default(), last.unwrap_or_default())
     }
@@ -78,10 +100,11 @@ impl Places<'_> {
     }
 }
 
-/// What makes two sockets belong to one place: the process, whether the end was read there, and the lines of code.
+/// What makes two sockets belong to one place: the container, whether the end was read there, and the lines of code. The workers of a server
+/// run the same code.
 #[derive(PartialEq, Eq, Hash)]
 struct Key<'a> {
-    process: Traced,
+    container: Option<String>,
     reads: bool,
     lines: Vec<Line<'a>>,
 }
@@ -108,18 +131,24 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
     for target in &scan.targets {
         let cookie = target.socket.cookie().0;
         let life = lives.get(&cookie).copied();
-        let Some(life) = life.filter(|life| life.stuck_since.is_some()) else {
-            found.before += 1;
-            continue;
-        };
-        found.new += 1;
+        let since = life.and_then(|life| life.stuck_since);
         let stack = |opens| {
             let id = trace.symbols.place(cookie, opens)?;
             Some((id.process, trace.symbols.stack(id)?))
         };
+        if since.is_none() && trace.before.contains(&cookie) && stack(false).is_none() {
+            found.before += 1;
+            continue;
+        }
+        // It may be closed in a moment.
+        if since.is_some_and(|since| since > trace.ended) {
+            continue;
+        }
+        found.new += 1;
         let (read, opened) = (stack(false), stack(true));
         // The FIN counts as a byte that is not read.
         let reads = target.socket.recv_q == 0;
+        found.read += usize::from(reads);
         let decisive = if reads { read } else { opened };
         let Some((traced, decisive)) = decisive else {
             if reads {
@@ -138,8 +167,12 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
             continue;
         };
         let lines = decisive.place().into_iter().map(Line::of).collect();
+        let mut owners = target.owners.iter();
+        let owner = owners.find(|owner| owner.process.id.pid == traced.pid);
+        let process = owner.map(|owner| owner.process.clone());
+        let container = process.as_ref().and_then(|it| it.cgroup.container.as_ref());
         let key = Key {
-            process: traced,
+            container: container.map(ToString::to_string),
             reads,
             lines,
         };
@@ -147,28 +180,34 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
         let at = *index.entry(key).or_insert(next);
         if at == next {
             found.places.push(Place {
-                traced,
-                process: None,
+                processes: BTreeMap::new(),
                 read: reads.then_some(decisive),
                 opened: None,
                 sockets: Vec::new(),
+                share: 0.0,
             });
         }
         let place = &mut found.places[at];
-        place.sockets.push((target, life));
-        if let (None, Some(how), Some((_, stack))) = (place.opened, life.opened, opened) {
+        place.sockets.push(Stuck {
+            target,
+            traced,
+            since,
+            weight: life.map_or(1, |life| life.weight.max(1)),
+        });
+        let known = place.processes.entry(traced).or_default();
+        *known = known.take().or(process);
+        let how = life.and_then(|life| life.opened);
+        if let (None, Some(how), Some((_, stack))) = (place.opened, how, opened) {
             place.opened = Some((how, stack));
         }
-        if place.process.is_none() {
-            let mut owners = target.owners.iter();
-            let owner = owners.find(|owner| owner.process.id.pid == traced.pid);
-            place.process = owner.map(|owner| owner.process.clone());
-        }
     }
-    // The sort is stable: of places with as many sockets, the one that leaked first comes first.
-    found.places.sort_by_key(|it| Reverse(it.sockets.len()));
+    set_shares(&mut found);
+    // The sort is stable: of places with the same share, the one with the oldest socket comes first.
+    found
+        .places
+        .sort_by(|one, other| other.share.total_cmp(&one.share));
     for place in &mut found.places {
-        place.sockets.sort_by_key(|(_, life)| life.stuck_since);
+        place.sockets.sort_by_key(|stuck| stuck.since);
     }
     found.unread = unread.into_values().collect();
     found.unread.sort_by_key(|it| {
@@ -177,6 +216,24 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
     });
     found.problems = problems(trace, scan, &found.places);
     found
+}
+
+/// The sockets whose end was read are shared out by the weights of the samples, since not each may have been sampled; the others one by one.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "numbers of sockets are far below 2^52"
+)]
+fn set_shares(found: &mut Places<'_>) {
+    let weight = |place: &Place<'_>| -> u64 { place.sockets.iter().map(|it| it.weight).sum() };
+    let places = found.places.iter().filter(|place| place.read.is_some());
+    let all_weights = places.map(weight).sum::<u64>().max(1) as f64;
+    let (new, read) = (found.new.max(1) as f64, found.read as f64);
+    for place in &mut found.places {
+        place.share = match place.read {
+            Some(_) => weight(place) as f64 / all_weights * read / new,
+            None => place.sockets.len() as f64 / new,
+        };
+    }
 }
 
 impl<'a> Line<'a> {
@@ -203,10 +260,14 @@ fn problems(
         owners.insert(owner.process.id.pid, owner.process.clone());
     }
     let concerns = |traced: &Traced| {
-        owners.contains_key(&traced.pid) || places.iter().any(|place| place.traced == *traced)
+        owners.contains_key(&traced.pid)
+            || places
+                .iter()
+                .any(|place| place.processes.contains_key(traced))
     };
     let problems = trace.symbols.problems();
     let mut problems: Vec<_> = problems
+        .into_iter()
         .filter(|(traced, _)| concerns(traced))
         .map(|(traced, problem)| (traced, owners.get(&traced.pid).cloned(), problem))
         .collect();

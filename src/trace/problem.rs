@@ -35,9 +35,16 @@ pub enum Problem {
     Damaged,
     #[error("some of its stacks were not read: cwkill reads those of 32 processes at a time")]
     TooManyProcesses,
+    /// With io_uring, for example.
+    #[error("some of its reads were asynchronous, so no stack belongs to them")]
+    Asynchronous,
+    #[error("no process could be started to read its symbols")]
+    NotStarted,
     /// Further stacks of it have no names.
     #[error("it has more than 10,000 different stacks")]
     TooManyStacks,
+    #[error("what it has mapped cannot be read")]
+    Unreadable,
     #[error("it is a 32-bit program, whose stack cwkill does not read")]
     ThirtyTwoBits,
     #[error("a file that it runs was deleted or replaced, and may not be read any more")]

@@ -2,13 +2,15 @@
 //!
 //! A thread for each asks and waits, so that one that hangs holds nobody up. What a process does not answer in time is not known.
 
-use std::collections::{BTreeSet, HashMap};
-use std::ffi::OsString;
-use std::io::{self, BufRead, BufReader};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
 
 use super::problem::Problem;
 use super::protocol::{Answer, LastWords, Question};
@@ -25,8 +27,16 @@ const IDLE: Duration = Duration::from_secs(1);
 const MAX_WAITING: usize = 256;
 /// How long the last answers may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Sockets whose place is kept in memory: 40 MB.
+/// Sockets whose place is kept in memory: 60 MB.
 const MAX_PLACES: usize = 1 << 20;
+/// Connections that were opened, of these. The oldest ones are forgotten.
+const MAX_OPENED: usize = 1 << 17;
+/// Processes, and those without a reader, that are remembered.
+const MAX_REMEMBERED: usize = 4096;
+/// The longest answer in bytes.
+const MAX_ANSWER: u64 = 4 << 20;
+/// How long the last samples may wait for a reader.
+const LAST_WAIT: Duration = Duration::from_secs(2);
 
 /// The hidden command of cwkill that is such a process.
 pub const COMMAND: &str = "trace-symbols";
@@ -43,7 +53,9 @@ pub struct Stacks {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StackId {
     pub process: Traced,
-    pub number: usize,
+    /// Which reader of the process has numbered it.
+    reader: u64,
+    number: usize,
 }
 
 /// What was found out about stacks so far.
@@ -51,9 +63,18 @@ pub struct StackId {
 pub struct Symbols {
     readers: HashMap<Traced, Reader>,
     reports: Option<(Sender<Report>, Receiver<Report>)>,
-    processes: HashMap<Traced, Stacks>,
+    /// By the process and its reader: another reader begins with other numbers.
+    processes: HashMap<(Traced, u64), Stacks>,
+    /// Processes without a reader.
+    refused: HashMap<Traced, Problem>,
+    /// The number of readers that were started.
+    started: u64,
+    /// Readers that have ended, or will.
+    ended: Vec<Child>,
     /// By the cookie, and whether it was opened there.
     places: HashMap<(u64, bool), StackId>,
+    /// The cookies of connections that were opened, the oldest first.
+    opened: VecDeque<u64>,
     /// Samples that no reader could take.
     pub missed: usize,
 }
@@ -64,65 +85,84 @@ struct Reader {
     questions: Option<SyncSender<Sample>>,
     child: Child,
     last_asked: Instant,
+    serial: u64,
 }
 
 /// What a reader's thread reports.
 #[derive(Debug)]
 enum Report {
     Stack {
-        process: Traced,
+        reader: (Traced, u64),
         cookie: u64,
         opens: bool,
         answer: Answer,
     },
     /// The reader has no more to say. `None`: it broke off.
     End {
-        process: Traced,
+        reader: (Traced, u64),
         last: Option<LastWords>,
     },
 }
 
 impl Symbols {
-    /// Gives a sample to the reader for its process. Does not wait.
-    pub fn read(&mut self, sample: Sample) {
+    /// Gives a sample to the reader for its process. Does not wait, or if `is_last` only for a moment.
+    pub fn read(&mut self, sample: Sample, is_last: bool) {
         let process = sample.process;
+        if !sample.is_own_call {
+            return self.refuse(process, Problem::Asynchronous);
+        }
         if !self.readers.contains_key(&process) {
-            let most = if sample.opens {
-                MAX_OPENING
-            } else {
-                MAX_PROCESSES
+            let most = match sample.opens {
+                true => MAX_OPENING,
+                false => MAX_PROCESSES,
             };
             if self.readers.len() >= most {
                 self.make_room();
-                let stacks = self.processes.entry(process).or_default();
-                stacks.problems.insert(Problem::TooManyProcesses);
-                self.missed += 1;
-                return;
+                return self.refuse(process, Problem::TooManyProcesses);
             }
             match self.start(process) {
                 Ok(reader) => drop(self.readers.insert(process, reader)),
-                Err(_) => {
-                    self.missed += 1;
-                    return;
-                }
+                Err(_) => return self.refuse(process, Problem::NotStarted),
             }
         }
         let Some(reader) = self.readers.get_mut(&process) else {
             return;
         };
         reader.last_asked = Instant::now();
-        let questions = reader.questions.as_ref();
-        match questions.map(|questions| questions.try_send(sample)) {
-            Some(Ok(())) => {}
-            Some(Err(TrySendError::Full(_) | TrySendError::Disconnected(_))) | None => {
-                self.missed += 1;
+        let Some(questions) = &reader.questions else {
+            self.missed += 1;
+            return;
+        };
+        let until = Instant::now() + if is_last { LAST_WAIT } else { Duration::ZERO };
+        let mut sample = sample;
+        while let Err(error) = questions.try_send(sample) {
+            match error {
+                TrySendError::Full(again) if Instant::now() < until => {
+                    sample = again;
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                TrySendError::Full(_) | TrySendError::Disconnected(_) => {
+                    self.missed += 1;
+                    return;
+                }
             }
+        }
+    }
+
+    fn refuse(&mut self, process: Traced, problem: Problem) {
+        self.missed += 1;
+        if self.refused.len() < MAX_REMEMBERED {
+            self.refused.insert(process, problem);
         }
     }
 
     /// Has the reader that was not asked for the longest time end. Its place is free when it has.
     fn make_room(&mut self) {
-        let idle = self.readers.values_mut().min_by_key(|it| it.last_asked);
+        let open = self
+            .readers
+            .values_mut()
+            .filter(|it| it.questions.is_some());
+        let idle = open.min_by_key(|it| it.last_asked);
         if let Some(reader) = idle.filter(|reader| reader.last_asked.elapsed() > IDLE) {
             reader.questions = None;
         }
@@ -130,10 +170,14 @@ impl Symbols {
 
     fn start(&mut self, process: Traced) -> io::Result<Reader> {
         let pid = process.pid;
+        self.started += 1;
+        let serial = self.started;
         let (reports, _) = self.reports.get_or_insert_with(channel);
         let reports = reports.clone();
         let mut child = Command::new("/proc/self/exe")
-            .args([OsString::from(COMMAND), pid.to_string().into()])
+            .args([COMMAND, &pid.to_string(), &process.started.to_string()])
+            // Ctrl-C is for cwkill alone.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -142,7 +186,7 @@ impl Symbols {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
         let (questions, waiting) = sync_channel(MAX_WAITING);
-        let ask = move || ask_all(process, &waiting, input, output, &reports);
+        let ask = move || ask_all((process, serial), &waiting, input, output, &reports);
         let thread = Builder::new().name(format!("symbols-{pid}")).spawn(ask);
         if let Err(error) = thread {
             end(&mut child);
@@ -152,6 +196,7 @@ impl Symbols {
             questions: Some(questions),
             child,
             last_asked: Instant::now(),
+            serial,
         })
     }
 
@@ -160,6 +205,8 @@ impl Symbols {
         while let Some(report) = self.next(Duration::ZERO) {
             self.note(report);
         }
+        self.ended
+            .retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
 
     /// Waits for the last answers, but not for long.
@@ -176,7 +223,7 @@ impl Symbols {
             }
         }
         for (process, mut reader) in self.readers.drain() {
-            let stacks = self.processes.entry(process).or_default();
+            let stacks = self.processes.entry((process, reader.serial)).or_default();
             stacks.problems.insert(Problem::TooSlow);
             end(&mut reader.child);
         }
@@ -191,23 +238,35 @@ impl Symbols {
     fn note(&mut self, report: Report) {
         match report {
             Report::Stack {
-                process,
+                reader,
                 cookie,
                 opens,
                 answer,
             } => {
                 let number = answer.number;
-                self.processes.entry(process).or_default().note(answer);
+                self.processes.entry(reader).or_default().note(answer);
                 match number {
                     Some(number) if self.places.len() < MAX_PLACES => {
-                        let id = StackId { process, number };
+                        let id = StackId {
+                            process: reader.0,
+                            reader: reader.1,
+                            number,
+                        };
                         self.places.insert((cookie, opens), id);
+                        if opens {
+                            self.opened.push_back(cookie);
+                        }
                     }
                     _ => self.missed += 1,
                 }
+                if self.opened.len() > MAX_OPENED
+                    && let Some(oldest) = self.opened.pop_front()
+                {
+                    self.places.remove(&(oldest, true));
+                }
             }
-            Report::End { process, last } => {
-                let stacks = self.processes.entry(process).or_default();
+            Report::End { reader, last } => {
+                let stacks = self.processes.entry(reader).or_default();
                 match last {
                     Some(last) => {
                         last.again.into_iter().for_each(|it| stacks.note(it));
@@ -215,10 +274,26 @@ impl Symbols {
                     }
                     None => drop(stacks.problems.insert(Problem::Damaged)),
                 }
-                if let Some(mut reader) = self.readers.remove(&process) {
+                if let Some(mut reader) = self.readers.remove(&reader.0) {
                     end(&mut reader.child);
+                    self.ended.push(reader.child);
                 }
+                self.forget_unused();
             }
+        }
+    }
+
+    /// Forgets processes whose stacks no place names, if many are remembered.
+    fn forget_unused(&mut self) {
+        if self.processes.len() > MAX_REMEMBERED {
+            let used: HashSet<_> = self
+                .places
+                .values()
+                .map(|id| (id.process, id.reader))
+                .collect();
+            let readers = &self.readers;
+            self.processes
+                .retain(|key, _| used.contains(key) || readers.contains_key(&key.0));
         }
     }
 
@@ -228,17 +303,25 @@ impl Symbols {
     }
 
     pub fn stack(&self, id: StackId) -> Option<&Stack> {
-        let stack = self.processes.get(&id.process)?.stacks.get(&id.number)?;
+        let stack = self
+            .processes
+            .get(&(id.process, id.reader))?
+            .stacks
+            .get(&id.number)?;
         (!stack.frames.is_empty()).then_some(stack)
     }
 
     /// What keeps the stacks of a process from telling more.
-    pub fn problems(&self) -> impl Iterator<Item = (Traced, Problem)> + '_ {
-        let processes = self.processes.iter();
-        processes.flat_map(|(process, stacks)| {
+    pub fn problems(&self) -> BTreeSet<(Traced, Problem)> {
+        let of_readers = self.processes.iter().flat_map(|((process, _), stacks)| {
             let problems = stacks.problems.iter();
             problems.map(|problem| (*process, *problem))
-        })
+        });
+        let refused = self
+            .refused
+            .iter()
+            .map(|(process, problem)| (*process, *problem));
+        of_readers.chain(refused).collect()
     }
 }
 
@@ -266,14 +349,13 @@ fn end(child: &mut Child) {
 
 /// Asks about each sample, and reports the answers.
 fn ask_all(
-    process: Traced,
+    reader: (Traced, u64),
     waiting: &Receiver<Sample>,
     mut input: ChildStdin,
     output: ChildStdout,
     reports: &Sender<Report>,
 ) {
-    let mut lines = BufReader::new(output).lines();
-    let mut next_line = || lines.next()?.ok();
+    let mut output = BufReader::new(output);
     for sample in waiting {
         let question = Question {
             ip: sample.ip,
@@ -283,17 +365,13 @@ fn ask_all(
             stack: sample.stack,
         };
         let answer = question.write(&mut input).ok();
-        let answer = answer.and_then(|()| next_line());
-        let answer = answer.and_then(|line| serde_json::from_str(&line).ok());
+        let answer = answer.and_then(|()| next_line(&mut output));
         let Some(answer) = answer else {
-            let _ = reports.send(Report::End {
-                process,
-                last: None,
-            });
+            let _ = reports.send(Report::End { reader, last: None });
             return;
         };
         let sent = reports.send(Report::Stack {
-            process,
+            reader,
             cookie: sample.cookie,
             opens: sample.opens,
             answer,
@@ -303,6 +381,13 @@ fn ask_all(
         }
     }
     drop(input);
-    let last = next_line().and_then(|line| serde_json::from_str(&line).ok());
-    let _ = reports.send(Report::End { process, last });
+    let last = next_line(&mut output);
+    let _ = reports.send(Report::End { reader, last });
+}
+
+/// `None` at the end, and for a line that is too long or is none of the reader's.
+fn next_line<T: DeserializeOwned>(output: &mut BufReader<ChildStdout>) -> Option<T> {
+    let mut line = Vec::new();
+    output.take(MAX_ANSWER).read_until(b'\n', &mut line).ok()?;
+    serde_json::from_slice(&line).ok()
 }

@@ -44,6 +44,8 @@ pub struct Life {
     pub stuck_since: Option<Duration>,
     /// How the connection was opened, if that was during the trace and was sampled.
     pub opened: Option<Opened>,
+    /// Of how many reads of ends its own was the sampled one; 0 if it was not sampled. It stands for so many sockets.
+    pub weight: u64,
 }
 
 /// How a connection was opened.
@@ -67,14 +69,16 @@ pub struct Counts {
 }
 
 /// How many numbers belong to a socket. The constants below are their indices.
-const LIFE: usize = 5;
+const LIFE: usize = 6;
 const COOKIE: usize = 0;
 const STUCK_SINCE: usize = 1;
-/// 1 if a read of its end was sampled.
+/// 1 if its end was read.
 const IS_READ: usize = 2;
 /// The number of its slot for the read, and 1; 0 if it has none.
 const READ_SLOT: usize = 3;
 const OPENED_HOW: usize = 4;
+/// Of how many reads its own was the sampled one; 0 if it was not sampled.
+const WEIGHT: usize = 5;
 
 /// The values of OPENED_HOW.
 const CONNECTED: i32 = 1;
@@ -90,7 +94,7 @@ const OPENED_MASK: usize = 4;
 const READ_MASK: usize = 5;
 const COUNTERS: usize = 6;
 
-const NAMES: [Name; 10] = [
+const NAMES: [Name; 11] = [
     Name::Tracepoint("inet_sock_set_state"),
     Name::Tracepoint("sock_recv_length"),
     Name::Function("bpf_iter_bpf_sk_storage_map"),
@@ -99,6 +103,7 @@ const NAMES: [Name; 10] = [
     Name::Struct("bpf_iter__bpf_sk_storage_map"),
     Name::Struct("bpf_iter_meta"),
     Name::Struct("sock"),
+    Name::Struct("tcp_sock"),
     Name::Struct("task_struct"),
     Name::Struct("pt_regs"),
 ];
@@ -236,6 +241,7 @@ fn parse(record: &[u8; 8 * LIFE]) -> Life {
         cookie: number(COOKIE),
         stuck_since: time(STUCK_SINCE),
         opened: opened.find(is_it).map(|(_, opened)| opened),
+        weight: number(WEIGHT),
     }
 }
 
@@ -257,6 +263,7 @@ mod tests {
         words[COOKIE] = 77;
         words[STUCK_SINCE] = 5_000_000_000;
         words[OPENED_HOW] = 2;
+        words[WEIGHT] = 64;
         let mut record = [0; 8 * LIFE];
         for (place, word) in record.as_chunks_mut::<8>().0.iter_mut().zip(words) {
             *place = word.to_ne_bytes();
@@ -265,6 +272,7 @@ mod tests {
             cookie: 77,
             stuck_since: Some(Duration::from_secs(5)),
             opened: Some(Opened::Accepted),
+            weight: 64,
         };
         assert_eq!(parse(&record), life);
     }

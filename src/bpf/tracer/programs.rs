@@ -1,12 +1,12 @@
 //! The programs of the tracer. Each function returns the instructions, and the number of the hook's type.
 
 use super::slots::{
-    AT, BY, COOKIE_SHIFT, FOR_OPENED, FOR_READ, FP, HEAD, IP, LEN, LR, SP, STARTED,
+    AT, BY, CALL, COOKIE_SHIFT, FOR_OPENED, FOR_READ, FP, HEAD, IP, LEN, LR, SP, STARTED,
 };
 use super::slots::{OPENED, PART, READS, READY, STACK};
 use super::{
     ACCEPTED, CLOSED_COUNT, CONNECTED, COOKIE, IS_READ, LIFE, Maps, NO_SLOT_COUNT, OPENED_COUNT,
-    OPENED_HOW, OPENED_MASK, READ_COUNT, READ_MASK, READ_SLOT, STUCK_SINCE,
+    OPENED_HOW, OPENED_MASK, READ_COUNT, READ_MASK, READ_SLOT, STUCK_SINCE, WEIGHT,
 };
 use crate::sys::bpf::Register::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
 use crate::sys::bpf::{Asm, Btf, BtfError, Field, Helper, Insn, Label, Register, Size};
@@ -44,6 +44,8 @@ struct Fields {
     fp: Field,
     /// On processors that have it.
     lr: Option<Field>,
+    /// The number of the system call.
+    call: Field,
     /// The first thread of a thread's process, and when that was started.
     leader: i16,
     started: Field,
@@ -55,6 +57,10 @@ impl Fields {
         // The kernel's struct of registers has other names on each processor.
         let registers = btf.structure("pt_regs")?;
         let number = |name: &str| registers.number(name, Size::U64);
+        let call = match cfg!(target_arch = "aarch64") {
+            true => registers.number("syscallno", Size::U32)?,
+            false => number("orig_ax")?,
+        };
         let [ip, fp, lr] = match cfg!(target_arch = "aarch64") {
             true => [
                 Some(number("pc")?),
@@ -72,6 +78,7 @@ impl Fields {
             sp: number("sp")?,
             fp: here(fp),
             lr,
+            call,
             leader: leader.offset,
             started: leader.to.number("start_boottime", Size::U64)?,
         })
@@ -146,6 +153,9 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
 pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
     let fields = Fields::new(btf)?;
     let target = btf.tracepoint("sock_recv_length")?;
+    let tcp_sock = btf.structure("tcp_sock")?;
+    let copied_seq = tcp_sock.number("copied_seq", Size::U32)?;
+    let rcv_nxt = tcp_sock.number("rcv_nxt", Size::U32)?;
     let mut asm = Asm::default();
     let end = asm.label();
     // if (ret) return 0;
@@ -155,8 +165,15 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
         .load(R2, SK, fields.sk_state)
         .if_not(R2, TCP_CLOSE_WAIT, end);
     if_tcp(&mut asm, &fields, end);
-    // An end that is not sampled leaves nothing: that it was read can be seen in the socket.
-    if_sampled(&mut asm, maps, READ_MASK, end);
+    // struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+    // if (!tp || tp->copied_seq != tp->rcv_nxt) return 0;
+    // A read without room, and one that leaves the end where it is (MSG_PEEK), return 0, too.
+    asm.copy(R1, SK)
+        .call(Helper::ToTcpSock)
+        .if_is(R0, 0, end)
+        .load(R1, R0, copied_seq)
+        .load(R2, R0, rcv_nxt)
+        .if_differs(R1, R2, end);
     create_storage(&mut asm, maps, end);
     // if (mine[IS_READ]) return 0;
     // mine[IS_READ] = 1;
@@ -164,6 +181,12 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
         .if_not(R1, 0, end)
         .set(R1, 1)
         .store_at(MINE, at(IS_READ), Size::U64, R1);
+    if_sampled(&mut asm, maps, READ_MASK, end);
+    // mine[WEIGHT] = counters[READ_MASK] + 1;
+    asm.address_of_map_value(R1, maps.counters.fd())
+        .load_at(R1, R1, at(READ_MASK), Size::U64)
+        .add(R1, 1)
+        .store_at(MINE, at(WEIGHT), Size::U64, R1);
     count(&mut asm, maps, READ_COUNT);
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
@@ -342,7 +365,9 @@ fn sample(asm: &mut Asm, fields: &Fields, maps: &Maps, what: i32, none: Label) {
         .call(Helper::TaskRegisters)
         .load(sp, R0, fields.sp)
         .store_at(SLOT, at(SP), Size::U64, sp);
+    // slot[CALL] = regs->orig_ax;
     let others = [
+        (CALL, Some(fields.call)),
         (IP, Some(fields.ip)),
         (FP, Some(fields.fp)),
         (LR, fields.lr),

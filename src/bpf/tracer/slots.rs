@@ -22,7 +22,7 @@ pub(super) const PART: usize = 1 << 10;
 /// The size of a slot in numbers of 64 bits.
 pub(super) const SLOT: usize = HEAD + STACK / 8;
 /// What stands before the stack.
-pub(super) const HEAD: usize = 9;
+pub(super) const HEAD: usize = 10;
 // The places in a slot.
 pub(super) const OWNER: usize = 0;
 pub(super) const AT: usize = 1;
@@ -34,12 +34,36 @@ pub(super) const FP: usize = 5;
 pub(super) const LR: usize = 6;
 pub(super) const LEN: usize = 7;
 pub(super) const STARTED: usize = 8;
+/// The number of the system call.
+pub(super) const CALL: usize = 9;
 
 // The first number of a slot: the cookie, and in its lowest bits what the slot is for and whether it is ready.
 pub(super) const COOKIE_SHIFT: i32 = 4;
 pub(super) const READY: i32 = 1;
 pub(super) const FOR_READ: i32 = 2;
 pub(super) const FOR_OPENED: i32 = 4;
+
+/// The system calls that read, accept and connect.
+const CALLS: &[u64] = {
+    const fn number(call: libc::c_long) -> u64 {
+        call.unsigned_abs()
+    }
+    &[
+        number(libc::SYS_read),
+        number(libc::SYS_readv),
+        number(libc::SYS_preadv2),
+        number(libc::SYS_recvfrom),
+        number(libc::SYS_recvmsg),
+        number(libc::SYS_recvmmsg),
+        number(libc::SYS_splice),
+        number(libc::SYS_accept),
+        number(libc::SYS_accept4),
+        number(libc::SYS_connect),
+        // With TCP Fast Open.
+        number(libc::SYS_sendto),
+        number(libc::SYS_sendmsg),
+    ]
+};
 
 /// A traced process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -57,6 +81,9 @@ pub struct Sample {
     /// Whether it opens the connection. Otherwise it reads the end.
     pub opens: bool,
     pub process: Traced,
+    /// Whether the thread is in a system call that reads or opens sockets. With io_uring it may be in any other, whose stack has nothing to do
+    /// with the socket.
+    pub is_own_call: bool,
     pub ip: u64,
     pub sp: u64,
     pub fp: u64,
@@ -105,6 +132,7 @@ fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample>
             pid,
             started: number(STARTED),
         },
+        is_own_call: CALLS.contains(&number(CALL)),
         ip: number(IP),
         sp: number(SP),
         fp: number(FP),

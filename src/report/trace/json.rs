@@ -38,7 +38,7 @@ pub fn write(
         stuck_before: found.before,
         end_not_read: found.end_not_read(),
         place_unknown: found.unknown,
-        places: found.places.iter().map(|it| place(it, found)).collect(),
+        places: found.places.iter().map(place).collect(),
         problems: found
             .problems
             .iter()
@@ -106,11 +106,14 @@ struct Document<'a> {
 
 #[derive(Serialize)]
 struct JsonPlace<'a> {
+    /// One of the processes that run this code.
     pid: i32,
+    /// All of them.
+    pids: Vec<i32>,
     comm: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
     count: usize,
-    /// Of `became_stuck` without `place_unknown`.
+    /// Its part of `became_stuck`; an estimate if `place_unknown` is not 0.
     share: f64,
     /// When the first and the last of them became stuck, in RFC 3339.
     first_stuck: String,
@@ -171,16 +174,18 @@ struct JsonProblem<'a> {
     message: String,
 }
 
-fn place<'a>(place: &'a Place<'_>, found: &Places<'_>) -> JsonPlace<'a> {
+fn place<'a>(place: &'a Place<'_>) -> JsonPlace<'a> {
     let (first, last) = place.times();
-    let process = place.process.as_deref();
+    let (traced, process) = place.process();
+    let process = process.map(|process| &**process);
     let sockets = place.sockets.iter().take(MAX_SOCKETS);
     JsonPlace {
-        pid: place.traced.pid,
+        pid: traced.pid,
+        pids: place.processes.keys().map(|it| it.pid).collect(),
         comm: process.map(|process| process.comm.as_str()),
         container: process.and_then(container),
         count: place.sockets.len(),
-        share: share(place.sockets.len(), found.known()),
+        share: place.share,
         first_stuck: clock(first),
         last_stuck: clock(last),
         read: place.read.map(stack),
@@ -190,12 +195,12 @@ fn place<'a>(place: &'a Place<'_>, found: &Places<'_>) -> JsonPlace<'a> {
         }),
         opened_example: place.opened.map(|(_, it)| stack(it)),
         sockets: sockets
-            .map(|(target, life)| JsonSocket {
-                local: endpoint(target.socket.id.tuple().local),
-                peer: endpoint(target.socket.id.tuple().peer),
-                cookie: target.socket.cookie().to_string(),
-                fd: fd_in(target, place.traced.pid),
-                stuck_since: life.stuck_since.map(clock),
+            .map(|stuck| JsonSocket {
+                local: endpoint(stuck.target.socket.id.tuple().local),
+                peer: endpoint(stuck.target.socket.id.tuple().peer),
+                cookie: stuck.target.socket.cookie().to_string(),
+                fd: fd_in(stuck.target, stuck.traced.pid),
+                stuck_since: stuck.since.map(clock),
             })
             .collect(),
     }
@@ -229,13 +234,4 @@ fn unread(unread: &Unread) -> JsonUnread<'_> {
         not_accepted: unread.not_accepted,
         count: unread.count,
     }
-}
-
-fn share(part: usize, whole: usize) -> f64 {
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "numbers of sockets are far below 2^52"
-    )]
-    let share = part as f64 / whole.max(1) as f64;
-    share
 }

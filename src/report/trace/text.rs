@@ -13,7 +13,7 @@ use crate::report::table::place as place_of_process;
 use crate::text::{columns_of, counted, escape, seconds, wrap};
 use crate::trace::Trace;
 use crate::trace::origin::Origin;
-use crate::trace::places::{Place, Places, Unread};
+use crate::trace::places::{Place, Places, Stuck, Unread};
 use crate::trace::stack::{End, Frame, Stack};
 
 /// How the report looks.
@@ -126,31 +126,36 @@ fn write_place(
     out: &mut dyn Write,
 ) -> io::Result<()> {
     let count = place.sockets.len();
-    let process = match &place.process {
+    let (traced, process) = place.process();
+    let mut name = match process {
         Some(process) => match place_of_process(&process.cgroup) {
             Some(place) => format!("{process} ({})", escape(&place)),
             None => process.to_string(),
         },
-        None => format!("process {}", place.traced.pid),
+        None => format!("process {}", traced.pid),
     };
+    if place.processes.len() > 1 {
+        name += &format!(" and {} more", place.processes.len() - 1);
+    }
     let (first, last) = place.times();
     let (first, last) = (clock(first), clock(last));
     let when = match first == last {
         true => format!("since {first}"),
         false => format!("from {first} to {last}"),
     };
-    let head = format!(
-        "{number}. {process}: {count} of {} ({} %), stuck {when}",
-        found.known(),
-        percent(count, found.known())
-    );
+    let share = percent(place.share);
+    let part = match found.unknown {
+        0 => format!("{count} of {} ({share} %)", found.new),
+        _ => format!("about {share} % ({count} with a known stack)"),
+    };
+    let head = format!("{number}. {name}: {part}, stuck {when}");
     for line in rows(&head, style) {
         let bold = Paint::new().bold();
         writeln!(out, "{}", painted(&line, bold, style))?;
     }
-    let example = |(target, _): &(&Target, _)| {
-        let socket = &target.socket;
-        let fd = fd_in(target, place.traced.pid);
+    let example = |stuck: &Stuck<'_>| {
+        let socket = &stuck.target.socket;
+        let fd = fd_in(stuck.target, stuck.traced.pid);
         let fd = fd.map_or_else(String::new, |fd| format!(" (fd {fd})"));
         format!(
             "{} - {}{fd}",
@@ -282,11 +287,8 @@ fn painted(text: &str, paint: Paint, style: Style) -> String {
     }
 }
 
-fn percent(part: usize, whole: usize) -> usize {
-    match whole {
-        0 => 0,
-        whole => (100 * part + whole / 2) / whole,
-    }
+fn percent(share: f64) -> String {
+    format!("{:.0}", share * 100.0)
 }
 
 #[cfg(test)]
@@ -307,9 +309,8 @@ mod tests {
 
     #[test]
     fn a_share_is_rounded() {
-        assert_eq!(percent(38, 40), 95);
-        assert_eq!(percent(2, 3), 67);
-        assert_eq!(percent(0, 0), 0);
+        assert_eq!(percent(0.95), "95");
+        assert_eq!(percent(2.0 / 3.0), "67");
     }
 
     #[test]

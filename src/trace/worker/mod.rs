@@ -16,12 +16,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use caps::Capability;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, UsageWho, getrusage, setrlimit};
 
 use super::origin::Runtime;
 use super::problem::Problem;
 use super::protocol::{Answer, LastWords, Question, write_line};
-use super::stack::{End, Stack};
+use super::stack::{End, Frame, Stack};
 use crate::privileges::capabilities;
 use memory::{CodeSource, Memory};
 use names::Names;
@@ -38,8 +38,10 @@ pub const CAPABILITIES: [Capability; 3] = [
 
 /// Bytes of memory for unwind information and symbols of one process. Symbol files are mapped, which does not count.
 const MAX_MEMORY: u64 = 1 << 30;
-/// Seconds of processor time for the symbols of one process.
-const MAX_CPU: u64 = 60;
+/// Seconds of processor time for one answer.
+const MAX_CPU: u64 = 20;
+/// Frames of a stack, with the inlined ones.
+const MAX_FRAMES: usize = 256;
 /// Different stacks of a process. Of further ones nothing is known.
 const MAX_STACKS: usize = 10_000;
 /// The memory map is read again for an unknown address, at most so often.
@@ -49,11 +51,12 @@ const REFRESH: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// What cannot be read or written. A problem with the traced process is an answer.
-pub fn serve(pid: i32) -> io::Result<()> {
+pub fn serve(pid: i32, started: u64) -> io::Result<()> {
     limit();
-    let mut traced = TracedProcess::open(pid);
+    let mut traced = TracedProcess::open(pid, started);
     let (mut questions, mut answers) = (io::stdin().lock(), io::stdout().lock());
     while let Some(question) = Question::read(&mut questions)? {
+        limit_time();
         let answer = match &mut traced {
             Ok(traced) => traced.answer(&question),
             Err(_) => Answer {
@@ -77,8 +80,17 @@ pub fn serve(pid: i32) -> io::Result<()> {
 fn limit() {
     let _ = capabilities::drop_all_but(&CAPABILITIES.into());
     let _ = setrlimit(Resource::RLIMIT_DATA, MAX_MEMORY, MAX_MEMORY);
-    let _ = setrlimit(Resource::RLIMIT_CPU, MAX_CPU, MAX_CPU);
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+}
+
+/// What a file may cost: the time of one answer. The kernel ends the process at its limit.
+fn limit_time() {
+    let Ok(used) = getrusage(UsageWho::RUSAGE_SELF) else {
+        return;
+    };
+    let used = used.user_time().tv_sec() + used.system_time().tv_sec();
+    let most = u64::try_from(used).unwrap_or_default() + MAX_CPU;
+    let _ = setrlimit(Resource::RLIMIT_CPU, most, RLIM_INFINITY);
 }
 
 /// The traced process.
@@ -98,11 +110,17 @@ struct TracedProcess {
 }
 
 impl TracedProcess {
-    fn open(pid: i32) -> Result<Self, Problem> {
+    fn open(pid: i32, started: u64) -> Result<Self, Problem> {
         let memory = Memory::read(pid).map_err(|error| match error.kind() {
             io::ErrorKind::PermissionDenied => Problem::Refused,
-            _ => Problem::Ended,
+            io::ErrorKind::NotFound => Problem::Ended,
+            _ if error.raw_os_error() == Some(libc::ESRCH) => Problem::Ended,
+            _ => Problem::Unreadable,
         })?;
+        // Another process may have the pid now.
+        if started_at(pid) != Some(in_ticks(started)) {
+            return Err(Problem::Ended);
+        }
         // A process that ends has no memory any more.
         if memory.end() == 0 {
             return Err(Problem::Ended);
@@ -183,10 +201,15 @@ impl TracedProcess {
     fn stack(&self, addresses: &[u64], end: End) -> Stack {
         let frames = addresses.iter();
         let frames = frames.flat_map(|&address| self.names.frames(address, &self.memory));
-        Stack {
-            frames: frames.collect(),
-            end,
-        }
+        let frames: Vec<Frame> = frames.take(MAX_FRAMES).collect();
+        // A chain of frame pointers also ends where code without them begins.
+        let is_named = frames.last().is_some_and(|last| last.function.is_some());
+        let end = match end {
+            End::Whole if frames.len() == MAX_FRAMES => End::Cut,
+            End::Whole if !is_named && self.names.runtime.is_some() => End::Lost,
+            end => end,
+        };
+        Stack { frames, end }
     }
 
     fn note_problems(&mut self, addresses: &[u64], stack: &Stack) {
@@ -250,6 +273,17 @@ fn program(pid: i32) -> Option<(u64, u64)> {
 struct Known {
     number: usize,
     end: End,
+}
+
+/// When a process was started, in clock ticks since boot.
+fn started_at(pid: i32) -> Option<u64> {
+    let process = procfs::process::Process::new(pid).ok()?;
+    Some(process.stat().ok()?.starttime)
+}
+
+/// Nanoseconds in clock ticks, as /proc/PID/stat has them (fs/proc/array.c, do_task_stat).
+fn in_ticks(nanoseconds: u64) -> u64 {
+    nanoseconds / (1_000_000_000 / procfs::ticks_per_second())
 }
 
 /// The runtime, if the program itself tells it, and whether it has 32 bits.

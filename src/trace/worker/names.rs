@@ -57,9 +57,15 @@ impl Names {
 
     fn frames_of_file(&self, path: Option<&Path>, module: &str, in_file: u64) -> Vec<Frame> {
         let symbol = path.and_then(|path| {
-            let source = Source::Elf(Elf::new(path));
-            let input = Input::FileOffset(in_file);
-            self.symbolizer.symbolize_single(&source, input).ok()
+            let read = |debug_syms| {
+                let mut elf = Elf::new(path);
+                elf.debug_syms = debug_syms;
+                let input = Input::FileOffset(in_file);
+                self.symbolizer.symbolize_single(&Source::Elf(elf), input)
+            };
+            // Debug symbols may belong to another version of the file.
+            let with_debug = names_no_other_place(path).then(|| read(true).ok());
+            with_debug.flatten().or_else(|| read(false).ok())
         });
         match symbol {
             Some(Symbolized::Sym(symbol)) => self.frames_of_symbol(&symbol, module, in_file),
@@ -106,12 +112,42 @@ impl Names {
     ) -> Frame {
         Frame {
             origin: Origin::of(function, file.as_deref(), module, self.runtime),
-            function: function.map(str::to_owned),
-            file,
+            function: function.map(short),
+            file: file.as_deref().map(short),
             line,
-            module: module.map(str::to_owned),
+            module: module.map(short),
             address,
             inlined: false,
         }
     }
+}
+
+/// The longest name. Those of C++ and Rust can have many kilobytes, and those of hostile files any number.
+const MAX_NAME: usize = 1024;
+
+fn short(name: &str) -> String {
+    match name.char_indices().nth(MAX_NAME) {
+        Some((end, _)) => format!("{}...", &name[..end]),
+        None => name.to_owned(),
+    }
+}
+
+/// Whether the file names its debug symbols by a plain name, or not at all. A path could lead to any file of the host.
+fn names_no_other_place(path: &Path) -> bool {
+    use object::{Object, ObjectSection};
+    let Ok(file) = super::memory::open(path) else {
+        return false;
+    };
+    let cache = object::read::ReadCache::new(file);
+    let Ok(elf) = object::File::parse(&cache) else {
+        return false;
+    };
+    let is_plain = |name: &str| match elf.section_by_name(name).map(|section| section.data()) {
+        Some(Ok(link)) => !link.contains(&b'/'),
+        Some(Err(_)) => false,
+        None => true,
+    };
+    [".gnu_debuglink", ".gnu_debugaltlink", ".debug_sup"]
+        .into_iter()
+        .all(is_plain)
 }
