@@ -28,9 +28,9 @@ pub enum Problem {
     /// The process that reads symbols did not answer, for example because of a file system that hangs.
     #[error("its symbols could not be read in time, perhaps because a file system hangs")]
     TooSlow,
-    /// The process that reads symbols ended, for example because a file is not what it says.
+    /// A file is not what it says, or the process that reads symbols ended, for example because of such a file.
     #[error(
-        "the process that reads its symbols has ended early: a file is damaged, or takes more than 60 s or 1 GiB"
+        "not all of its symbols could be read: a file of it is damaged, or takes more than 20 s or 1 GiB"
     )]
     Damaged,
     #[error("some of its stacks were not read: cwkill reads those of 32 processes at a time")]

@@ -47,6 +47,7 @@ mod states;
 mod support;
 mod threads;
 mod trace;
+mod trace_luck;
 mod trial;
 mod watch;
 mod without_owners;
@@ -108,6 +109,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     diagnose::ends,
     diagnose::verdicts,
     trace,
+    trace_luck,
     check,
     watch,
     daemon,

@@ -14,6 +14,48 @@ pub const CWKILL: &str = env!("CARGO_BIN_EXE_cwkill");
 /// Longest wait for a state.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// For Python: serves a file system by FUSE that has the file of the first argument as `/mnt/program`. The process that serves it, `server`, can
+/// be stopped: then every open of the program hangs. It ends with its parent. Needs a mount namespace of its own.
+pub const FILE_BY_FUSE: &str = "
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+directory, program = '/mnt', open(sys.argv[1], 'rb').read()
+def attributes(node):
+    mode, size = (0o40755, 0) if node == 1 else (0o100755, len(program))
+    return struct.pack('<6Q10I', node, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+def serve(fuse):
+    # include/uapi/linux/fuse.h
+    INIT, LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, OPENDIR, FORGETS = 26, 1, 2, 3, 14, 15, 18, 25, 27, 42
+    while True:
+        request = os.read(fuse, 1 << 20)
+        _, code, unique, node = struct.unpack_from('<IIQQ', request)
+        error, answer = 0, b''
+        if code == INIT:
+            answer = struct.pack('<IIIIHHIIHHI7I', 7, 31, 0, 0, 0, 0, 4096, 0, 0, 0, 0, *[0] * 7)
+        elif code == LOOKUP and request[40:].startswith(b'program'):
+            answer = struct.pack('<QQQQII', 2, 0, 0, 0, 0, 0) + attributes(2)
+        elif code == GETATTR:
+            answer = struct.pack('<QII', 0, 0, 0) + attributes(node)
+        elif code in (OPEN, OPENDIR):
+            answer = struct.pack('<QII', 1, 0, 0)
+        elif code == READ:
+            _, offset, size = struct.unpack_from('<QQI', request, 40)
+            answer = program[offset:offset + size]
+        elif code in (FORGET, FORGETS):
+            continue
+        elif code not in (RELEASE, FLUSH):
+            error = -38 if code != LOOKUP else -2
+        os.write(fuse, struct.pack('<IiQ', 16 + len(answer), error, unique) + answer)
+fuse = os.open('/dev/fuse', os.O_RDWR)
+options = f'fd={fuse},rootmode=40000,user_id=0,group_id=0'.encode()
+assert libc.mount(b'hung', directory.encode(), b'fuse', 0, options) == 0, ctypes.get_errno()
+server = os.fork()
+if server == 0:
+    libc.prctl(1, 9)
+    serve(fuse)
+os.close(fuse)
+";
+
 /// The result of a command.
 pub struct Ran {
     command: String,

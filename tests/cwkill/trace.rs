@@ -38,9 +38,9 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// A server with leaks, and a client on the same host.
-struct Scene {
-    lab: Lab,
-    server: Leaker,
+pub struct Scene {
+    pub lab: Lab,
+    pub server: Leaker,
     client: Agent,
 }
 
@@ -48,8 +48,13 @@ const SERVER: ([u8; 4], u16) = ([127, 0, 0, 1], 7000);
 
 impl Scene {
     fn start(program: Leaky) -> Result<Self> {
+        Self::start_through(&[], program)
+    }
+
+    /// Starts the server through a wrapper that executes its arguments.
+    pub fn start_through(wrapper: &[&str], program: Leaky) -> Result<Self> {
         let lab = Lab::new()?;
-        let server = Leaker::start(lab.app_host(), program, &["7000"])?;
+        let server = Leaker::start_through(lab.app_host(), wrapper, program, &["7000"])?;
         let client = lab.app_host().agent("client")?;
         lab.wait_for(PATIENCE, || {
             let rows = lab.app_host().ss(&[])?;
@@ -63,7 +68,7 @@ impl Scene {
     }
 
     /// Makes `count` connections that begin with this byte, and finishes them.
-    fn visit(&self, kind: u8, count: usize) -> Result<()> {
+    pub fn visit(&self, kind: u8, count: usize) -> Result<()> {
         let address = SocketAddr::from(SERVER);
         for _ in 0..count {
             let ends = self.client.connect(address, 1, Dial::default(), PATIENCE)?;
@@ -74,7 +79,7 @@ impl Scene {
     }
 
     /// Waits until so many connections are stuck, and their end is read. A FIN that is not read counts as one byte.
-    fn until_stuck(&self, count: usize) -> Result<()> {
+    pub fn until_stuck(&self, count: usize) -> Result<()> {
         self.lab.wait_for(PATIENCE, || {
             let rows = self.lab.app_host().ss(&[])?;
             let of_server = |row: &&netns_harness::SsRow| row.state == TcpState::CloseWait;
@@ -93,13 +98,13 @@ impl Scene {
 }
 
 /// A trace that runs.
-struct Tracing {
-    child: Child,
+pub struct Tracing {
+    pub child: Child,
     said: Receiver<String>,
 }
 
 impl Tracing {
-    fn start(lab: &Lab, line: &str) -> Result<Self> {
+    pub fn start(lab: &Lab, line: &str) -> Result<Self> {
         let command = lab.app_host().command(CWKILL).arg("trace");
         let mut child = command
             .args(line.split_whitespace())
@@ -122,7 +127,7 @@ impl Tracing {
         Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
     }
 
-    fn interrupted(self) -> Result<Ran> {
+    pub fn interrupted(self) -> Result<Ran> {
         self.signal(Signal::SIGINT)?;
         self.ended()
     }
@@ -213,7 +218,7 @@ fn c_without_symbols_has_addresses() -> Result<()> {
     Ok(())
 }
 
-fn codes(document: &Value) -> Vec<String> {
+pub fn codes(document: &Value) -> Vec<String> {
     let problems = document["problems"].as_array().into_iter().flatten();
     problems.map(|problem| at(problem, "/code")).collect()
 }

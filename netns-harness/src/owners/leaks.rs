@@ -27,6 +27,8 @@ pub enum Leaky {
     Node,
     /// The client, in C.
     Connect,
+    /// A client in C that makes the server of [`Leaky::C`] leak as fast as it can.
+    Storm,
 }
 
 /// A running [`Leaky`]. Killed when dropped.
@@ -42,7 +44,9 @@ impl Leaky {
     #[must_use]
     pub fn missing_tool(self) -> Option<&'static str> {
         let tools: &[&str] = match self {
-            Self::C | Self::CWithFramePointers | Self::CStripped | Self::Connect => &["cc"],
+            Self::C | Self::CWithFramePointers | Self::CStripped | Self::Connect | Self::Storm => {
+                &["cc"]
+            }
             Self::Cpp => &["c++"],
             Self::Rust => &["rustc"],
             Self::Go => &["go"],
@@ -69,6 +73,7 @@ impl Leaky {
             Self::Python => ("leak.py", include_str!("../../leaks/leak.py")),
             Self::Node => ("leak.js", include_str!("../../leaks/leak.js")),
             Self::Connect => ("connect.c", include_str!("../../leaks/connect.c")),
+            Self::Storm => ("storm.c", include_str!("../../leaks/storm.c")),
         }
     }
 
@@ -93,6 +98,7 @@ impl Leaky {
             Self::Java | Self::JavaWithFramePointers => "javac Leak.java",
             Self::Python | Self::Node => "true",
             Self::Connect => "cc -O2 -g -o leak connect.c",
+            Self::Storm => "cc -O2 -o leak storm.c",
         };
         let (name, text) = self.source();
         let compiler: Vec<&str> = compiler.split(' ').collect();
@@ -129,12 +135,30 @@ impl Leaker {
     /// # Errors
     /// It cannot be built or started.
     pub fn start(host: &Host, program: Leaky, arguments: &[&str]) -> Result<Self> {
+        Self::start_through(host, &[], program, arguments)
+    }
+
+    /// As [`Self::start`], through a wrapper such as `env` that executes its arguments.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_through(
+        host: &Host,
+        wrapper: &[&str],
+        program: Leaky,
+        arguments: &[&str],
+    ) -> Result<Self> {
         let build_dir = BuildDir::new()?;
         let words = program.build(&build_dir)?;
+        let words: Vec<&str> = wrapper
+            .iter()
+            .copied()
+            .chain(words.iter().map(String::as_str))
+            .chain(arguments.iter().copied())
+            .collect();
         let child = host
-            .command(&words[0])
+            .command(words[0])
             .args(&words[1..])
-            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()

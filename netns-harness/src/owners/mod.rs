@@ -247,6 +247,14 @@ impl Owner {
         self.order_fds(&format!("leak {count}"))
     }
 
+    /// Lets the program leak sockets that their peers have closed, and whose end it has read. Only the 32-bit program does that.
+    ///
+    /// # Errors
+    /// The program does not answer.
+    pub fn leak_ends(&mut self, count: usize) -> Result<Vec<i32>> {
+        self.order_fds(&format!("ends {count}"))
+    }
+
     /// Has a thread of the program keep the lock of an open connection, as if it waited for a page of a dead file server.
     ///
     /// # Errors

@@ -221,6 +221,8 @@ impl TracedProcess {
         let has_names = stack.frames.iter().any(|frame| frame.function.is_some());
         if addresses.iter().any(is_gone) {
             self.problems.insert(Problem::FileGone);
+        } else if self.unwinder.is_damaged {
+            self.problems.insert(Problem::Damaged);
         } else if !has_names && self.names.runtime.is_none() {
             self.problems.insert(Problem::NoSymbols);
         }

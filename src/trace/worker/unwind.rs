@@ -30,6 +30,8 @@ pub struct Unwinder {
     cache: CacheNative<framehop::MayAllocateDuringUnwind>,
     /// The starts of the code that was added.
     added: HashSet<u64>,
+    /// Whether a file is not what it says.
+    pub is_damaged: bool,
 }
 
 impl Default for Unwinder {
@@ -38,6 +40,7 @@ impl Default for Unwinder {
             native: UnwinderNative::new(),
             cache: CacheNative::new(),
             added: HashSet::new(),
+            is_damaged: false,
         }
     }
 }
@@ -88,11 +91,16 @@ impl Unwinder {
             return;
         }
         // Without it, frame pointers are followed.
-        if let CodeSource::File(file) = &code.from
-            && let Ok(path) = memory.path(code, file)
-            && let Ok(Some(module)) = module(&path, code)
-        {
-            self.native.add_module(module);
+        let CodeSource::File(file) = &code.from else {
+            return;
+        };
+        let Ok(path) = memory.path(code, file) else {
+            return;
+        };
+        match module(&path, code) {
+            Ok(Some(module)) => self.native.add_module(module),
+            Ok(None) => self.is_damaged = true,
+            Err(_) => {}
         }
     }
 }
@@ -109,8 +117,15 @@ fn registers(input: &Question, _: &Memory) -> UnwindRegsNative {
 }
 
 /// `None`: the file is not what it was when it was mapped.
+///
+/// # Errors
+/// It cannot be read, or it never was a file with unwind information: code that is made at run time can be in a file, too.
 fn module(path: &std::path::Path, code: &Code) -> io::Result<Option<Module<Vec<u8>>>> {
     let cache = ReadCache::new(memory::open(path)?);
+    let magic = cache.read_bytes_at(0, object::elf::ELFMAG.len() as u64);
+    if magic != Ok(&object::elf::ELFMAG[..]) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
     let Ok(file) = object::File::parse(&cache) else {
         return Ok(None);
     };

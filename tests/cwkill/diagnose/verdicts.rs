@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::{QUICK, block, process};
-use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill, in_state, ran};
+use crate::support::{CWKILL, FILE_BY_FUSE, PATIENCE, Ran, at, cwkill, in_state, ran};
 use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -488,57 +488,22 @@ fn an_inherited_connection_to_a_server_is_older_than_its_heir() -> Result<()> {
     Ok(())
 }
 
-/// Serves a file system with one program by FUSE, and becomes that program, in that directory, with three stuck sockets. The process
-/// that serves it can be stopped: then every open of the program hangs.
+/// Becomes the program on [`FILE_BY_FUSE`], in its directory, with three stuck sockets.
 const ON_FUSE: &str = "
-import struct
-directory, program = '/mnt', open('/bin/sleep', 'rb').read()
-def attributes(node):
-    mode, size = (0o40755, 0) if node == 1 else (0o100755, len(program))
-    return struct.pack('<6Q10I', node, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
-def serve(fuse):
-    # include/uapi/linux/fuse.h
-    INIT, LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, OPENDIR, FORGETS = 26, 1, 2, 3, 14, 15, 18, 25, 27, 42
-    while True:
-        request = os.read(fuse, 1 << 20)
-        _, code, unique, node = struct.unpack_from('<IIQQ', request)
-        error, answer = 0, b''
-        if code == INIT:
-            answer = struct.pack('<IIIIHHIIHHI7I', 7, 31, 0, 0, 0, 0, 4096, 0, 0, 0, 0, *[0] * 7)
-        elif code == LOOKUP and request[40:].startswith(b'program'):
-            answer = struct.pack('<QQQQII', 2, 0, 0, 0, 0, 0) + attributes(2)
-        elif code == GETATTR:
-            answer = struct.pack('<QII', 0, 0, 0) + attributes(node)
-        elif code in (OPEN, OPENDIR):
-            answer = struct.pack('<QII', 1, 0, 0)
-        elif code == READ:
-            _, offset, size = struct.unpack_from('<QQI', request, 40)
-            answer = program[offset:offset + size]
-        elif code in (FORGET, FORGETS):
-            continue
-        elif code not in (RELEASE, FLUSH):
-            error = -38 if code != LOOKUP else -2
-        os.write(fuse, struct.pack('<IiQ', 16 + len(answer), error, unique) + answer)
-fuse = os.open('/dev/fuse', os.O_RDWR)
-options = f'fd={fuse},rootmode=40000,user_id=0,group_id=0'.encode()
-assert libc.mount(b'hung', directory.encode(), b'fuse', 0, options) == 0, ctypes.get_errno()
-server = os.fork()
-if server == 0:
-    child()
-    serve(fuse)
-os.close(fuse)
 listener = listen('127.0.0.1')
 peers = [socket.create_connection(('127.0.0.1', PORT)) for _ in range(3)]
 for _ in peers:
     os.dup2(listener.accept()[0].detach(), 100 + len(os.listdir('/proc/self/fd')))
 say(server)
 os.chdir(directory)
-os.execv('./program', ['program', '120'])
+os.execv('./program', ['program', *sys.argv[2:]])
 ";
 
 fn nothing_waits_for_an_executable_on_a_hung_mount() -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = Program::start(&lab, &["unshare", "-m"], ON_FUSE, &[])?;
+    let script = format!("{FILE_BY_FUSE}{ON_FUSE}");
+    let program = ["/bin/sleep", "120"];
+    let mut owner = Program::start(&lab, &["unshare", "-m"], &script, &program)?;
     let server = Pid::from_raw(owner.line()?.parse()?);
     let pid = owner.pid();
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 3))?;

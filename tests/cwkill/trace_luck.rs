@@ -1,0 +1,247 @@
+//! `cwkill trace` with bad luck: programs that it cannot read, files that are damaged or hang, and more than it can follow.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::owners::leaks::{Leaker, Leaky};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Lab, SsRow, TcpState};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::support::{FILE_BY_FUSE, PATIENCE, at};
+use crate::trace::{Scene, Tracing, codes};
+use crate::trial::{Need, Test, once};
+
+pub const TESTS: &[Test] = &[
+    once!(a_32_bit_program_is_told).needs(Need::Bits32),
+    once!(a_library_that_was_cut_before_costs_its_names).needs(Need::Leaky(Leaky::C)),
+    once!(a_library_that_is_cut_meanwhile_costs_its_names).needs(Need::Leaky(Leaky::C)),
+    once!(a_program_on_a_hung_mount_is_told)
+        .needs(Need::Fuse)
+        .slow(),
+    once!(a_storm_is_counted_and_keeps_the_shares)
+        .needs(Need::Leaky(Leaky::C))
+        .slow(),
+];
+
+/// The stack of such a program is not one of 64-bit words.
+fn a_32_bit_program_is_told() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Bits32, "idle", 1)?;
+    let tracing = Tracing::start(&lab, &format!("--pid {} --json", owner.pid()))?;
+    owner.leak_ends(2)?;
+    let ran = tracing.interrupted()?.exits(4);
+    let document = ran.json();
+    assert_eq!(at(&document, "/became_stuck"), "2", "{document:#}");
+    assert_eq!(at(&document, "/place_unknown"), "2", "{document:#}");
+    assert_eq!(at(&document, "/places"), "[]", "{document:#}");
+    assert_eq!(codes(&document), ["thirty-two-bits"], "{document:#}");
+    ran.complains("the stack of 2 sockets could not be taken or read");
+    Ok(())
+}
+
+/// A library through which the server reads. It needs nothing but its code, so the server goes on without the rest of the file.
+const LIBRARY: &str = r#"
+__attribute__((noinline)) static long read_by_library(int fd, void *buffer, unsigned long count)
+{
+	long result;
+	__asm__ volatile("syscall" : "=a"(result) : "a"(0L), "D"((long)fd), "S"(buffer), "d"(count) : "rcx", "r11", "memory");
+	return result;
+}
+
+long read(int fd, void *buffer, unsigned long count)
+{
+	long result = read_by_library(fd, buffer, count);
+	__asm__ volatile("" : "+r"(result));
+	return result;
+}
+"#;
+
+/// The library on a file system in memory, and a server that runs with it.
+struct WithLibrary {
+    scene: Scene,
+    directory: tempfile::TempDir,
+}
+
+impl WithLibrary {
+    fn start() -> Result<Self> {
+        let directory = tempfile::tempdir_in("/dev/shm")?;
+        let source = directory.path().join("library.c");
+        fs::write(&source, LIBRARY)?;
+        let library = directory.path().join("library.so");
+        let built = Command::new("cc")
+            .args(["-O2", "-g", "-shared", "-fPIC", "-nostdlib", "-o"])
+            .args([&library, &source])
+            .output()?;
+        ensure!(built.status.success(), "{built:?}");
+        let preload = format!("LD_PRELOAD={}", library.display());
+        // Nothing is looked up in the library later.
+        let wrapper = ["env", &preload, "LD_BIND_NOW=1"];
+        let scene = Scene::start_through(&wrapper, Leaky::C)?;
+        Ok(WithLibrary { scene, directory })
+    }
+
+    /// Cuts the file behind its code: what is left is no file of a program any more. What is mapped behind the cut is gone, too: whoever reads it
+    /// gets SIGBUS.
+    fn cut(&self) -> Result<()> {
+        let library = self.directory.path().join("library.so");
+        // The code is in the second page.
+        Ok(fs::File::options()
+            .write(true)
+            .open(library)?
+            .set_len(0x2000)?)
+    }
+}
+
+/// The functions of the first place, the innermost first.
+fn functions(document: &Value) -> Vec<String> {
+    let frames = document["places"][0]["read"]["frames"].as_array();
+    let frames = frames.into_iter().flatten();
+    frames.map(|frame| at(frame, "/function")).collect()
+}
+
+fn a_library_that_was_cut_before_costs_its_names() -> Result<()> {
+    let leak = WithLibrary::start()?;
+    leak.cut()?;
+    let tracing = Tracing::start(&leak.scene.lab, "--port 7000 --json")?;
+    leak.scene.visit(b'L', 3)?;
+    leak.scene.until_stuck(3)?;
+    let document = tracing.interrupted()?.exits(0).json();
+    assert_eq!(at(&document, "/became_stuck"), "3", "{document:#}");
+    assert_eq!(functions(&document)[0], "null", "{document:#}");
+    let module = at(&document, "/places/0/read/frames/0/module");
+    assert!(module.ends_with("/library.so"), "{document:#}");
+    assert_eq!(codes(&document), ["damaged"], "{document:#}");
+    Ok(())
+}
+
+fn a_library_that_is_cut_meanwhile_costs_its_names() -> Result<()> {
+    let leak = WithLibrary::start()?;
+    let tracing = Tracing::start(&leak.scene.lab, "--port 7000 --json")?;
+    leak.scene.visit(b'L', 3)?;
+    leak.scene.until_stuck(3)?;
+    // The file is read, and mapped, for these.
+    let pid = tracing.child.id();
+    leak.scene.lab.wait_for(PATIENCE, || {
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        let mut children = children.split_whitespace();
+        Ok(children.any(|child| {
+            let maps = fs::read_to_string(format!("/proc/{child}/maps"));
+            maps.is_ok_and(|maps| maps.contains("library.so"))
+        }))
+    })?;
+    leak.cut()?;
+    // Another line of the program, with other places in the library's symbols.
+    leak.scene.visit(b'M', 2)?;
+    leak.scene.until_stuck(5)?;
+    // The process that reads symbols may end by SIGBUS, before or after it has answered. cwkill itself goes on.
+    let ran = tracing.interrupted()?;
+    let document = ran.json();
+    assert_eq!(at(&document, "/became_stuck"), "5", "{document:#}");
+    let is_told = codes(&document) == ["damaged"];
+    let named = functions(&document);
+    let has_names = named.iter().any(|name| name == "leaky_handler");
+    assert!(has_names || is_told, "{document:#}");
+    let is_known = document["places"] != Value::Array(Vec::new());
+    ran.exits(if is_known { 0 } else { 4 });
+    Ok(())
+}
+
+fn a_program_on_a_hung_mount_is_told() -> Result<()> {
+    let script = format!(
+        "{FILE_BY_FUSE}
+os.chdir(directory)
+os.execv('./program', ['program', *sys.argv[2:]])
+"
+    );
+    let wrapper = ["unshare", "-m", "python3", "-c", &script];
+    let scene = Scene::start_through(&wrapper, Leaky::C)?;
+    let pid = scene.server.pid();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let server = Pid::from_raw(children.trim().parse()?);
+    // Its own pages are in memory.
+    scene.visit(b'L', 1)?;
+    scene.visit(b'M', 1)?;
+    scene.until_stuck(2)?;
+    let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
+    kill(server, Signal::SIGSTOP)?;
+    scene.visit(b'L', 2)?;
+    scene.until_stuck(4)?;
+    let ran = tracing.interrupted()?.exits(4);
+    kill(server, Signal::SIGKILL)?;
+    let document = ran.json();
+    assert_eq!(at(&document, "/became_stuck"), "2", "{document:#}");
+    assert_eq!(at(&document, "/stuck_before"), "2", "{document:#}");
+    assert_eq!(at(&document, "/place_unknown"), "2", "{document:#}");
+    assert_eq!(codes(&document), ["too-slow"], "{document:#}");
+    ran.complains("its symbols could not be read in time");
+    Ok(())
+}
+
+/// Megabytes that a process has had in memory at most.
+fn peak_mb(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kb = line.and_then(|line| line.split_whitespace().next());
+    let kb: u64 = kb.context("no VmHWM")?.parse()?;
+    Ok(kb >> 10)
+}
+
+fn a_storm_is_counted_and_keeps_the_shares() -> Result<()> {
+    // Three of four leaks are those of one handler.
+    let pattern = format!("{}G", "LLLM".repeat(8));
+    let (count, leaks) = (550 * pattern.len(), 550 * 32);
+    let limit = ["sh", "-c", "ulimit -n 20000 && exec \"$@\"", "sh"];
+    let scene = Scene::start_through(&limit, Leaky::C)?;
+    let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
+    let storm = Leaker::start(
+        scene.lab.app_host(),
+        Leaky::Storm,
+        &["7000", &count.to_string(), &pattern],
+    )?;
+    scene.lab.wait_for(PATIENCE, || {
+        let rows = scene.lab.app_host().ss(&[])?;
+        let is_read = |row: &SsRow| row.state == TcpState::CloseWait && row.recv_q == 0;
+        Ok(rows.iter().filter(|row| is_read(row)).count() == leaks)
+    })?;
+    drop(storm);
+    let peak = peak_mb(tracing.child.id())?;
+    let ran = tracing.interrupted()?.exits(0);
+    let document = ran.json();
+    let number = |name: &str| document[name].as_u64().unwrap_or_default();
+    assert_eq!(number("became_stuck"), leaks as u64);
+    // More than there are slots: it is counted, and told.
+    assert!(
+        number("ends_read_without_stack") > 0,
+        "{}",
+        summary(&document)
+    );
+    assert!(number("place_unknown") > 0, "{}", summary(&document));
+    ran.complains("could not be taken or read: the shares are of the others");
+    for (place, expected, handler) in [(0, 0.75, "leaky_handler"), (1, 0.25, "other_handler")] {
+        let share = document["places"][place]["share"]
+            .as_f64()
+            .unwrap_or_default();
+        assert!((share - expected).abs() < 0.05, "{}", summary(&document));
+        let stack = &document["places"][place]["read"];
+        let frames = stack["frames"].as_array().into_iter().flatten();
+        let mut names = frames.map(|frame| at(frame, "/function"));
+        assert!(names.any(|name| name == handler), "{stack:#}");
+    }
+    assert!(peak < 300, "{peak} MB");
+    Ok(())
+}
+
+/// A document without its long parts.
+fn summary(document: &Value) -> String {
+    let mut document = document.clone();
+    for place in document["places"].as_array_mut().into_iter().flatten() {
+        if let Some(place) = place.as_object_mut() {
+            place.retain(|name, _| name == "count" || name == "share");
+        }
+    }
+    document.to_string()
+}
