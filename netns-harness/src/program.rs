@@ -8,12 +8,19 @@ use anyhow::{Context as _, Result};
 
 /// Whether the program exists: at its path, or by its name in a directory of PATH.
 pub(crate) fn is_found(program: impl AsRef<OsStr>) -> bool {
+    path_of(program).is_some()
+}
+
+/// The path of a program that exists.
+pub(crate) fn path_of(program: impl AsRef<OsStr>) -> Option<PathBuf> {
     let program = program.as_ref();
     if program.as_bytes().contains(&b'/') {
-        return Path::new(program).exists();
+        return Some(PathBuf::from(program)).filter(|path| path.exists());
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(program))
+        .find(|path| path.exists())
 }
 
 /// Looks for a bare name in the directory of this program first.

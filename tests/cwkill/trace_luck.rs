@@ -1,4 +1,5 @@
-//! `cwkill trace` with bad luck: programs that it cannot read, files that are damaged or hang, and more than it can follow.
+//! `cwkill trace` with bad luck: programs that it cannot read, files that are damaged or hang, and more than it can follow; and with a real
+//! program.
 
 use std::fs;
 use std::process::Command;
@@ -6,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use netns_harness::owners::leaks::{Leaker, Leaky};
 use netns_harness::owners::{Build, Owner};
-use netns_harness::{Lab, SsRow, TcpState};
+use netns_harness::{Dial, Lab, SsRow, TcpState};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -19,6 +20,7 @@ pub const TESTS: &[Test] = &[
     once!(a_32_bit_program_is_told).needs(Need::Bits32),
     once!(a_library_that_was_cut_before_costs_its_names).needs(Need::Leaky(Leaky::C)),
     once!(a_library_that_is_cut_meanwhile_costs_its_names).needs(Need::Leaky(Leaky::C)),
+    once!(a_module_of_redis_is_named).needs(Need::Leaky(Leaky::Redis)),
     once!(a_program_on_a_hung_mount_is_told)
         .needs(Need::Fuse)
         .slow(),
@@ -178,6 +180,60 @@ os.execv('./program', ['program', *sys.argv[2:]])
     assert_eq!(at(&document, "/place_unknown"), "2", "{document:#}");
     assert_eq!(codes(&document), ["too-slow"], "{document:#}");
     ran.complains("its symbols could not be read in time");
+    Ok(())
+}
+
+/// A real program, as Debian ships it: without debug symbols, and with the names that its modules may call.
+fn a_module_of_redis_is_named() -> Result<()> {
+    let lab = Lab::new()?;
+    let redis = Leaker::start(lab.app_host(), Leaky::Redis, &["6379"])?;
+    let client = lab.app_host().agent("client")?;
+    lab.wait_for(PATIENCE, || {
+        let rows = lab.app_host().ss(&[])?;
+        Ok(rows.iter().any(|row| row.state == TcpState::Listen))
+    })?;
+    let listener = client.listen(([127, 0, 0, 1], 7001).into(), false, 64)?;
+    let to_redis = client.connect(([127, 0, 0, 1], 6379).into(), 1, Dial::default(), PATIENCE)?;
+    let tracing = Tracing::start(&lab, "--peer-port 7001 --json")?;
+    for _ in 0..3 {
+        client.send(&[to_redis[0].fd], b"LEAK.FETCH 7001\r\n")?;
+        let accepted = client.accept(listener, 1, PATIENCE)?;
+        client.close(&[accepted[0].fd])?;
+    }
+    lab.wait_for(PATIENCE, || {
+        let rows = lab.app_host().ss(&[])?;
+        let is_read = |row: &&SsRow| row.state == TcpState::CloseWait && row.recv_q == 0;
+        Ok(rows.iter().filter(is_read).count() == 3)
+    })?;
+    let document = tracing.interrupted()?.exits(0).json();
+    assert_eq!(at(&document, "/places/0/count"), "3", "{document:#}");
+    assert_eq!(at(&document, "/places/0/comm"), "redis-server");
+    assert_eq!(at(&document, "/places/0/pid"), redis.pid().to_string());
+    let read = &document["places"][0]["read"];
+    let own = read["own"].as_u64().context("no frame of its own")?;
+    let part = |frame: u64, name: &str| at(read, &format!("/frames/{frame}/{name}"));
+    for (frame, function, comment) in [
+        (own, "read_to_end", "the end is read here"),
+        (own + 1, "fetch_command", "the leak"),
+    ] {
+        assert_eq!(part(frame, "function"), function, "{document:#}");
+        assert!(
+            part(frame, "file").ends_with("/redis_module.c"),
+            "{document:#}"
+        );
+        let line = Leaky::Redis.line_of(comment).map(|line| line.to_string());
+        assert_eq!(Some(part(frame, "line")), line, "{document:#}");
+    }
+    // The callers in Redis itself.
+    let names = functions(&document);
+    for name in [
+        "RedisModuleCommandDispatcher",
+        "processCommand",
+        "aeMain",
+        "main",
+    ] {
+        assert!(names.iter().any(|found| found == name), "{name}: {names:?}");
+    }
     Ok(())
 }
 

@@ -8,7 +8,10 @@ use anyhow::{Context as _, Result};
 
 use super::BuildDir;
 use crate::host::Host;
-use crate::program::is_found;
+use crate::program::{is_found, path_of};
+
+/// The program of Debian's package redis-tools that is the server, too, under another name.
+const REDIS: &str = "redis-check-rdb";
 
 /// A program of `netns-harness/leaks`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub enum Leaky {
     Node,
     /// The client, in C.
     Connect,
+    /// Debian's Redis, with a module in C that leaks connections which it has opened. Its port is that for commands.
+    Redis,
     /// A client in C that makes the server of [`Leaky::C`] leak as fast as it can.
     Storm,
 }
@@ -47,6 +52,7 @@ impl Leaky {
             Self::C | Self::CWithFramePointers | Self::CStripped | Self::Connect | Self::Storm => {
                 &["cc"]
             }
+            Self::Redis => &["cc", REDIS],
             Self::Cpp => &["c++"],
             Self::Rust => &["rustc"],
             Self::Go => &["go"],
@@ -74,6 +80,7 @@ impl Leaky {
             Self::Node => ("leak.js", include_str!("../../leaks/leak.js")),
             Self::Connect => ("connect.c", include_str!("../../leaks/connect.c")),
             Self::Storm => ("storm.c", include_str!("../../leaks/storm.c")),
+            Self::Redis => ("redis_module.c", include_str!("../../leaks/redis_module.c")),
         }
     }
 
@@ -99,6 +106,7 @@ impl Leaky {
             Self::Python | Self::Node => "true",
             Self::Connect => "cc -O2 -g -o leak connect.c",
             Self::Storm => "cc -O2 -o leak storm.c",
+            Self::Redis => "cc -O2 -g -shared -fPIC -o module.so redis_module.c",
         };
         let (name, text) = self.source();
         let compiler: Vec<&str> = compiler.split(' ').collect();
@@ -124,6 +132,18 @@ impl Leaky {
             ]),
             Self::Python => vec!["python3".into(), path(name)],
             Self::Node => vec!["node".into(), path(name)],
+            Self::Redis => {
+                // The package with the server would start it, and is only this link.
+                let server = path_of(REDIS).with_context(|| format!("there is no {REDIS}"))?;
+                std::os::unix::fs::symlink(server, path("redis-server"))?;
+                let words = ["redis-server", "", "module.so"].map(path);
+                let [program, directory, module] = words;
+                let quiet = ["--save", "", "--dir", &directory, "--loadmodule", &module];
+                let options = quiet.into_iter().chain(["--port"]);
+                std::iter::once(program)
+                    .chain(options.map(str::to_owned))
+                    .collect()
+            }
             _ => vec![path("leak")],
         })
     }
@@ -183,6 +203,7 @@ impl Leaker {
             Leaky::Java | Leaky::JavaWithFramePointers | Leaky::Python | Leaky::Node => {
                 self.build_dir.path(self.program.source().0)
             }
+            Leaky::Redis => self.build_dir.path("redis-server"),
             _ => self.build_dir.path("leak"),
         }
     }
