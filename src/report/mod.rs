@@ -1,7 +1,7 @@
 //! The reports, for people ([`overview`] on a terminal, [`text`] elsewhere, [`notes`]) and for programs ([`json`]), and the exit status.
 //! `layout` fits tables into a terminal.
 //!
-//! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose`, `doctor` and `gateway` have reports of their own.
+//! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose`, `trace`, `doctor` and `gateway` have reports of their own.
 
 pub mod advice;
 pub mod backlogs;

@@ -28,7 +28,7 @@ const TICK: Duration = Duration::from_millis(100);
 const SETTLE: Duration = Duration::from_millis(300);
 /// With more events than these in a tick, only a part is sampled. Reads are rated by the FINs that came, since a read that is not sampled is
 /// not counted.
-const READS_PER_TICK: u64 = 200;
+const READS_PER_TICK: u64 = 1000;
 /// They are fewer, since each of these samples is unwound; one of a read only if its socket stays open.
 const OPENED_PER_TICK: u64 = 25;
 /// Of so many events at least one is sampled.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::problem::Problem;
 use super::stack::Stack;
 
-/// Registers and stack of a thread in a system call. In the pipe: the registers and the length of the stack, each 8 bytes, and the stack.
+/// Registers and stack of a thread in a system call. In the pipe: the numbers and the length of the stack, each 8 bytes, and the stack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
     pub ip: u64,
@@ -17,6 +17,8 @@ pub struct Question {
     pub fp: u64,
     /// 0 on processors without a link register.
     pub lr: u64,
+    /// See [`crate::bpf::tracer::Sample`].
+    pub is_own_call: bool,
     /// What stands in memory from `sp` on.
     pub stack: Vec<u8>,
 }
@@ -40,7 +42,7 @@ pub struct LastWords {
 }
 
 /// The numbers before the stack.
-const HEAD: usize = 5;
+const HEAD: usize = 6;
 
 impl Question {
     /// # Errors
@@ -48,7 +50,8 @@ impl Question {
     pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
         let mut bytes = Vec::with_capacity(8 * HEAD + self.stack.len());
         let len = self.stack.len() as u64;
-        for number in [self.ip, self.sp, self.fp, self.lr, len] {
+        let is_own_call = self.is_own_call.into();
+        for number in [self.ip, self.sp, self.fp, self.lr, is_own_call, len] {
             bytes.extend(number.to_ne_bytes());
         }
         bytes.extend(&self.stack);
@@ -66,7 +69,8 @@ impl Question {
         }
         from.read_exact(&mut head[1..])?;
         let (words, _) = head.as_chunks::<8>();
-        let [ip, sp, fp, lr, len] = std::array::from_fn(|at| u64::from_ne_bytes(words[at]));
+        let [ip, sp, fp, lr, is_own_call, len] =
+            std::array::from_fn(|at| u64::from_ne_bytes(words[at]));
         let mut stack = Vec::new();
         let read = from.by_ref().take(len).read_to_end(&mut stack)?;
         match read as u64 == len {
@@ -75,6 +79,7 @@ impl Question {
                 sp,
                 fp,
                 lr,
+                is_own_call: is_own_call != 0,
                 stack,
             })),
             false => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -104,6 +109,7 @@ mod tests {
             sp: 2,
             fp: 3,
             lr: u64::MAX,
+            is_own_call: true,
             stack: b"abcdefgh".to_vec(),
         };
         let mut bytes = Vec::new();
@@ -115,7 +121,7 @@ mod tests {
         }
         assert_eq!(Question::read(&mut input).unwrap(), None);
         // Cut in its registers, and in its stack.
-        for len in [1, 20, 44] {
+        for len in [1, 20, 52] {
             assert!(Question::read(&mut &bytes[..len]).is_err(), "{len}");
         }
     }

@@ -108,9 +108,6 @@ impl Symbols {
     /// Gives a sample to the reader for its process. Does not wait, or if `is_last` only for a moment.
     pub fn read(&mut self, sample: Sample, is_last: bool) {
         let process = sample.process;
-        if !sample.is_own_call {
-            return self.refuse(process, Problem::Asynchronous);
-        }
         if !self.readers.contains_key(&process) {
             let most = match sample.opens {
                 true => MAX_OPENING,
@@ -362,6 +359,7 @@ fn ask_all(
             sp: sample.sp,
             fp: sample.fp,
             lr: sample.lr,
+            is_own_call: sample.is_own_call,
             stack: sample.stack,
         };
         let answer = question.write(&mut input).ok();

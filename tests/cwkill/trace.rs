@@ -90,10 +90,25 @@ impl Scene {
 
     /// The document of a trace during which `count` connections leak.
     fn leaks(&self, count: usize) -> Result<Value> {
-        let tracing = Tracing::start(&self.lab, "--port 7000 --json")?;
-        self.visit(b'L', count)?;
-        self.until_stuck(count)?;
-        Ok(tracing.interrupted()?.exits(0).json())
+        self.traced(count, || self.visit(b'L', count))
+    }
+
+    /// The document of a trace during which `visits` leak `count` connections. While other tests close very many, not each is sampled; then
+    /// it is done again.
+    fn traced(&self, count: usize, visits: impl Fn() -> Result<()>) -> Result<Value> {
+        const TRIES: usize = 5;
+        for tried in 1.. {
+            let tracing = Tracing::start(&self.lab, "--port 7000 --json")?;
+            visits()?;
+            self.until_stuck(tried * count)?;
+            let document = tracing.interrupted()?.json();
+            if at(&document, "/place_unknown") == "0" || tried == TRIES {
+                let before = (tried - 1) * count;
+                assert_eq!(at(&document, "/stuck_before"), before.to_string());
+                return Ok(document);
+            }
+        }
+        unreachable!("the last try returns")
     }
 }
 
@@ -273,13 +288,13 @@ fn node_says_what_it_cannot_tell() -> Result<()> {
 
 fn a_rare_leak_among_many_connections_is_named() -> Result<()> {
     let scene = Scene::start(Leaky::C)?;
-    let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
-    for _ in 0..5 {
-        scene.visit(b'G', 99)?;
-        scene.visit(b'L', 1)?;
-    }
-    scene.until_stuck(5)?;
-    let document = tracing.interrupted()?.exits(0).json();
+    let document = scene.traced(5, || {
+        for _ in 0..5 {
+            scene.visit(b'G', 99)?;
+            scene.visit(b'L', 1)?;
+        }
+        Ok(())
+    })?;
     has_lines(&document, Leaky::C, 5, "read_to_end", "leaky_handler");
     assert_eq!(at(&document, "/places/0/share"), "1.0", "{document:#}");
     Ok(())
@@ -287,14 +302,14 @@ fn a_rare_leak_among_many_connections_is_named() -> Result<()> {
 
 fn two_leaks_have_their_shares() -> Result<()> {
     let scene = Scene::start(Leaky::C)?;
-    let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
-    for _ in 0..5 {
-        scene.visit(b'M', 2)?;
-        scene.visit(b'L', 6)?;
-        scene.visit(b'G', 8)?;
-    }
-    scene.until_stuck(40)?;
-    let document = tracing.interrupted()?.exits(0).json();
+    let document = scene.traced(40, || {
+        for _ in 0..5 {
+            scene.visit(b'M', 2)?;
+            scene.visit(b'L', 6)?;
+            scene.visit(b'G', 8)?;
+        }
+        Ok(())
+    })?;
     for (place, share, handler) in [(0, "0.75", "leaky_handler"), (1, "0.25", "other_handler")] {
         let place = &document["places"][place];
         assert_eq!(at(place, "/share"), share, "{document:#}");

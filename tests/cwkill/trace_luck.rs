@@ -41,7 +41,7 @@ fn a_32_bit_program_is_told() -> Result<()> {
     assert_eq!(at(&document, "/place_unknown"), "2", "{document:#}");
     assert_eq!(at(&document, "/places"), "[]", "{document:#}");
     assert_eq!(codes(&document), ["thirty-two-bits"], "{document:#}");
-    ran.complains("the stack of 2 sockets could not be taken or read");
+    ran.complains("no stack is known of 2 sockets");
     Ok(())
 }
 
@@ -210,7 +210,9 @@ fn a_module_of_redis_is_named() -> Result<()> {
     assert_eq!(at(&document, "/places/0/comm"), "redis-server");
     assert_eq!(at(&document, "/places/0/pid"), redis.pid().to_string());
     let read = &document["places"][0]["read"];
-    let own = read["own"].as_u64().context("no frame of its own")?;
+    let own = read["first_own_frame"]
+        .as_u64()
+        .context("no frame of its own")?;
     let part = |frame: u64, name: &str| at(read, &format!("/frames/{frame}/{name}"));
     for (frame, function, comment) in [
         (own, "read_to_end", "the end is read here"),
@@ -270,13 +272,8 @@ fn a_storm_is_counted_and_keeps_the_shares() -> Result<()> {
     let number = |name: &str| document[name].as_u64().unwrap_or_default();
     assert_eq!(number("became_stuck"), leaks as u64);
     // More than there are slots: it is counted, and told.
-    assert!(
-        number("ends_read_without_stack") > 0,
-        "{}",
-        summary(&document)
-    );
     assert!(number("place_unknown") > 0, "{}", summary(&document));
-    ran.complains("could not be taken or read: the shares are of the others");
+    ran.complains("while much happens only a part is sampled");
     for (place, expected, handler) in [(0, 0.75, "leaky_handler"), (1, 0.25, "other_handler")] {
         let share = document["places"][place]["share"]
             .as_f64()

@@ -143,6 +143,13 @@ impl TracedProcess {
     }
 
     fn answer(&mut self, question: &Question) -> Answer {
+        if !question.is_own_call {
+            self.problems.insert(Problem::Asynchronous);
+            return Answer {
+                number: None,
+                stack: None,
+            };
+        }
         if program(self.pid) != self.program {
             self.read_again();
         }
