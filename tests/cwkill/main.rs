@@ -47,6 +47,7 @@ mod states;
 mod support;
 mod threads;
 mod trace;
+mod trace_hostile;
 mod trace_luck;
 mod trial;
 mod watch;
@@ -109,6 +110,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     diagnose::ends,
     diagnose::verdicts,
     trace,
+    trace_hostile,
     trace_luck,
     check,
     watch,

@@ -228,7 +228,7 @@ impl TracedProcess {
         let has_names = stack.frames.iter().any(|frame| frame.function.is_some());
         if addresses.iter().any(is_gone) {
             self.problems.insert(Problem::FileGone);
-        } else if self.unwinder.is_damaged {
+        } else if self.unwinder.is_damaged || self.names.are_damaged() {
             self.problems.insert(Problem::Damaged);
         } else if !has_names && self.names.runtime.is_none() {
             self.problems.insert(Problem::NoSymbols);

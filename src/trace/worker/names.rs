@@ -1,7 +1,10 @@
 //! From addresses to functions, files and lines.
 
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use blazesym::ErrorKind;
 use blazesym::symbolize::source::{Elf, Source};
 use blazesym::symbolize::{CodeInfo, Input, Sym, Symbolized, Symbolizer};
 
@@ -16,6 +19,8 @@ pub struct Names {
     pub runtime: Option<Runtime>,
     /// The names of code that was made at run time.
     pub perf_map: Option<PerfMap>,
+    /// Whether a file is not what it says.
+    is_damaged: Cell<bool>,
 }
 
 impl Names {
@@ -36,7 +41,12 @@ impl Names {
             symbolizer,
             runtime,
             perf_map,
+            is_damaged: Cell::new(false),
         }
+    }
+
+    pub fn are_damaged(&self) -> bool {
+        self.is_damaged.get()
     }
 
     /// The functions at this address, the innermost first: more than one if the compiler has put some into others.
@@ -56,23 +66,37 @@ impl Names {
     }
 
     fn frames_of_file(&self, path: Option<&Path>, module: &str, in_file: u64) -> Vec<Frame> {
-        let symbol = path.and_then(|path| {
-            let read = |debug_syms| {
-                let mut elf = Elf::new(path);
-                elf.debug_syms = debug_syms;
-                let input = Input::FileOffset(in_file);
-                self.symbolizer.symbolize_single(&Source::Elf(elf), input)
-            };
-            // Debug symbols may belong to another version of the file.
-            let with_debug = names_no_other_place(path).then(|| read(true).ok());
-            with_debug.flatten().or_else(|| read(false).ok())
-        });
+        let symbol = path.and_then(|path| self.symbol(path, in_file));
         match symbol {
             Some(Symbolized::Sym(symbol)) => self.frames_of_symbol(&symbol, module, in_file),
             Some(Symbolized::Unknown(_)) | None => {
                 vec![self.frame(None, None, None, Some(module), in_file)]
             }
         }
+    }
+
+    /// With damaged debug symbols, the names that the file has without them are left.
+    fn symbol(&self, path: &Path, in_file: u64) -> Option<Symbolized<'_>> {
+        let may_have_debug = names_no_other_place(path);
+        for debug_syms in [true, false]
+            .into_iter()
+            .filter(|debug| may_have_debug || !debug)
+        {
+            let mut file = Elf::new(path);
+            file.debug_syms = debug_syms;
+            let source = Source::Elf(file);
+            let input = Input::FileOffset(in_file);
+            // One damaged file does not cost the names of the others. blazesym 0.2.7 panics at a section whose compressed size is wrong.
+            let symbolize = || self.symbolizer.symbolize_single(&source, input);
+            match catch_unwind(AssertUnwindSafe(symbolize)) {
+                // An origin that leads nowhere has no name.
+                Ok(Ok(Symbolized::Sym(symbol))) if symbol.name.is_empty() => {}
+                Ok(Ok(symbol)) => return Some(symbol),
+                Ok(Err(error)) if error.kind() != ErrorKind::InvalidDwarf => {}
+                Ok(Err(_)) | Err(_) => self.is_damaged.set(true),
+            }
+        }
+        None
     }
 
     fn frames_of_symbol(&self, symbol: &Sym<'_>, module: &str, in_file: u64) -> Vec<Frame> {
