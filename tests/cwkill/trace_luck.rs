@@ -255,16 +255,23 @@ fn a_storm_is_counted_and_keeps_the_shares() -> Result<()> {
     let limit = ["sh", "-c", "ulimit -n 20000 && exec \"$@\"", "sh"];
     let scene = Scene::start_through(&limit, Leaky::C)?;
     let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
+    // First it gets no processor, so that the slots overflow on a slow machine, too.
+    tracing.signal(Signal::SIGSTOP)?;
     let storm = Leaker::start(
         scene.lab.app_host(),
         Leaky::Storm,
         &["7000", &count.to_string(), &pattern],
     )?;
-    scene.lab.wait_for(PATIENCE, || {
-        let rows = scene.lab.app_host().ss(&[])?;
-        let is_read = |row: &SsRow| row.state == TcpState::CloseWait && row.recv_q == 0;
-        Ok(rows.iter().filter(|row| is_read(row)).count() == leaks)
-    })?;
+    let are_stuck = |at_least: usize| {
+        scene.lab.wait_for(PATIENCE, || {
+            let rows = scene.lab.app_host().ss(&[])?;
+            let is_read = |row: &&SsRow| row.state == TcpState::CloseWait && row.recv_q == 0;
+            Ok(rows.iter().filter(is_read).count() >= at_least)
+        })
+    };
+    are_stuck(leaks / 4)?;
+    tracing.signal(Signal::SIGCONT)?;
+    are_stuck(leaks)?;
     drop(storm);
     let peak = peak_mb(tracing.child.id())?;
     let ran = tracing.interrupted()?.exits(0);
