@@ -18,6 +18,8 @@ use crate::trial::{Need, Test, once};
 pub const TESTS: &[Test] = &[
     once!(an_undamaged_file_is_read).needs(Need::Program("cc")),
     once!(debug_symbols_that_lead_nowhere_end).needs(Need::Program("cc")),
+    once!(debug_symbols_beside_the_file_of_another_user_are_not_opened)
+        .needs(Need::RootOfTheMachine),
     once!(damaged_files_are_read_or_refused)
         .needs(Need::Program("cc"))
         .slow(),
@@ -296,6 +298,31 @@ fn debug_symbols_that_lead_nowhere_end() -> Result<()> {
     let options = "-O2 -shared -fPIC -nostdlib";
     let original = Original::build(directory.path(), text, options, &["read_to_end"])?;
     let holder = Holder::start(directory.path(), &[directory.path().join("built")])?;
+    let began = Instant::now();
+    let (status, lines) = holder.ask(0, &original.functions)?;
+    assert!(began.elapsed() < Duration::from_secs(30), "{lines:?}");
+    assert_eq!(status, Some(0), "{lines:?}");
+    assert_eq!(functions(&lines[0])[0], "read_to_end", "{lines:?}");
+    Ok(())
+}
+
+/// A link to debug symbols can lead to a device, or to a pipe, which would hold the process up.
+fn debug_symbols_beside_the_file_of_another_user_are_not_opened() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let original = Original::leak(directory.path())?;
+    let (built, symbols) = ["built", "symbols.debug"]
+        .map(|name| directory.path().join(name))
+        .into();
+    fs::write(&symbols, "")?;
+    let linked = Command::new("objcopy")
+        .arg("--add-gnu-debuglink")
+        .args([&symbols, &built])
+        .output()?;
+    ensure!(linked.status.success(), "{linked:?}");
+    fs::remove_file(&symbols)?;
+    nix::unistd::mkfifo(&symbols, nix::sys::stat::Mode::S_IRWXU)?;
+    std::os::unix::fs::chown(&built, Some(65534), None)?;
+    let holder = Holder::start(directory.path(), &[built])?;
     let began = Instant::now();
     let (status, lines) = holder.ask(0, &original.functions)?;
     assert!(began.elapsed() < Duration::from_secs(30), "{lines:?}");

@@ -19,6 +19,8 @@ pub struct Names {
     pub runtime: Option<Runtime>,
     /// The names of code that was made at run time.
     pub perf_map: Option<PerfMap>,
+    /// Whether the process has the same root directory as cwkill. Otherwise, who rules a container may have put its files there.
+    is_in_root_of_cwkill: bool,
     /// Whether a file is not what it says.
     is_damaged: Cell<bool>,
 }
@@ -41,6 +43,7 @@ impl Names {
             symbolizer,
             runtime,
             perf_map,
+            is_in_root_of_cwkill: has_root_of_cwkill(pid),
             is_damaged: Cell::new(false),
         }
     }
@@ -77,7 +80,7 @@ impl Names {
 
     /// With damaged debug symbols, the names that the file has without them are left.
     fn symbol(&self, path: &Path, in_file: u64) -> Option<Symbolized<'_>> {
-        let may_have_debug = names_no_other_place(path);
+        let may_have_debug = names_no_other_place(path, self.is_in_root_of_cwkill);
         for debug_syms in [true, false]
             .into_iter()
             .filter(|debug| may_have_debug || !debug)
@@ -156,22 +159,57 @@ fn short(name: &str) -> String {
     }
 }
 
-/// Whether the file names its debug symbols by a plain name, or not at all. A path could lead to any file of the host.
-fn names_no_other_place(path: &Path) -> bool {
+fn has_root_of_cwkill(pid: i32) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let root = |path: &str| {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    let own = root("/");
+    own.is_some() && root(&format!("/proc/{pid}/root/")) == own
+}
+
+/// Whether the file has its debug symbols in itself, or may tell where they are. Who makes a file that leads elsewhere could have root open any
+/// device or pipe, also by a plain name beside a file of their own. So only a file of root's may, by a plain name.
+fn names_no_other_place(path: &Path, is_in_root_of_cwkill: bool) -> bool {
     use object::{Object, ObjectSection};
+    use std::os::unix::fs::MetadataExt;
     let Ok(file) = super::memory::open(path) else {
         return false;
     };
+    let is_roots = file
+        .metadata()
+        .is_ok_and(|metadata| metadata.uid() == 0 && metadata.mode() & 0o022 == 0);
     let cache = object::read::ReadCache::new(file);
     let Ok(elf) = object::File::parse(&cache) else {
         return false;
     };
-    let is_plain = |name: &str| match elf.section_by_name(name).map(|section| section.data()) {
-        Some(Ok(link)) => !link.contains(&b'/'),
+    let section = |name: &str| elf.section_by_name(name);
+    if section(".gnu_debugaltlink").is_some() || section(".debug_sup").is_some() {
+        // These are always paths.
+        return false;
+    }
+    match section(".gnu_debuglink").map(|section| section.data()) {
+        Some(Ok(link)) => is_roots && is_in_root_of_cwkill && is_plain_name(link),
         Some(Err(_)) => false,
         None => true,
-    };
-    [".gnu_debuglink", ".gnu_debugaltlink", ".debug_sup"]
-        .into_iter()
-        .all(is_plain)
+    }
+}
+
+/// Of a section `.gnu_debuglink`: the name, a zero, and a checksum, which may have any byte.
+fn is_plain_name(link: &[u8]) -> bool {
+    let name = link.split(|byte| *byte == 0).next();
+    name.is_some_and(|name| !name.contains(&b'/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_checksum_of_a_link_is_no_part_of_its_name() {
+        assert!(is_plain_name(b"a.debug\0/\0\0/"));
+        assert!(!is_plain_name(b"../a.debug\0abcd"));
+        assert!(is_plain_name(b""));
+    }
 }
