@@ -26,10 +26,9 @@ use symbols::Symbols;
 const TICK: Duration = Duration::from_millis(100);
 /// A socket that is closed within this time after its end was read is no leak, and its stack is not unwound.
 const SETTLE: Duration = Duration::from_millis(300);
-/// With more events than these in a tick, only a part is sampled. Reads are rated by the FINs that came, since a read that is not sampled is
-/// not counted.
-const READS_PER_TICK: u64 = 1000;
-/// They are fewer, since each of these samples is unwound; one of a read only if its socket stays open.
+/// With more events than these in a tick, only a part is sampled. A connection that the peer closes is sampled at its FIN, or not at all.
+const CLOSED_PER_TICK: u64 = 500;
+/// They are fewer, since each of these samples is unwound; one of a closed connection only if its socket stays open.
 const OPENED_PER_TICK: u64 = 25;
 /// Of so many events at least one is sampled.
 const MAX_OF: u32 = 1 << 12;
@@ -89,7 +88,7 @@ impl Watch {
             self.take(SETTLE, false);
             let counts = self.tracer.counts();
             self.tracer.sample_one_of(
-                one_of(counts.closed_by_peer - seen.closed_by_peer, READS_PER_TICK),
+                one_of(counts.closed_by_peer - seen.closed_by_peer, CLOSED_PER_TICK),
                 one_of(counts.opened - seen.opened, OPENED_PER_TICK),
             );
             seen = counts;

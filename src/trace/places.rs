@@ -136,7 +136,7 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
             let id = trace.symbols.place(cookie, opens)?;
             Some((id.process, trace.symbols.stack(id)?))
         };
-        if since.is_none() && trace.before.contains(&cookie) && stack(false).is_none() {
+        if since.is_none() && trace.before.contains(&cookie) {
             found.before += 1;
             continue;
         }

@@ -40,11 +40,11 @@ struct Maps {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Life {
     pub cookie: u64,
-    /// When the peer's FIN came, by CLOCK_MONOTONIC; `None` if that was before the trace.
+    /// When the peer's FIN came, by CLOCK_MONOTONIC; `None` if that was before the trace, or was not sampled.
     pub stuck_since: Option<Duration>,
     /// How the connection was opened, if that was during the trace and was sampled.
     pub opened: Option<Opened>,
-    /// Of how many reads of ends its own was the sampled one; 0 if it was not sampled. It stands for so many sockets.
+    /// Of how many FINs its own was the sampled one; 0 if it was not sampled. It stands for so many sockets.
     pub weight: u64,
 }
 
@@ -58,7 +58,7 @@ pub enum Opened {
 /// What the programs have counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Ends that were read, and sampled.
+    /// Ends that were read, of connections that were sampled.
     pub reads: u64,
     /// Those of them of which no slot was free.
     pub reads_without_slot: u64,
@@ -77,7 +77,7 @@ const IS_READ: usize = 2;
 /// The number of its slot for the read, and 1; 0 if it has none.
 const READ_SLOT: usize = 3;
 const OPENED_HOW: usize = 4;
-/// Of how many reads its own was the sampled one; 0 if it was not sampled.
+/// Of how many FINs its own was the sampled one; 0 if it was not sampled.
 const WEIGHT: usize = 5;
 
 /// The values of OPENED_HOW.
@@ -89,9 +89,9 @@ const READ_COUNT: usize = 0;
 const NO_SLOT_COUNT: usize = 1;
 const OPENED_COUNT: usize = 2;
 const CLOSED_COUNT: usize = 3;
-/// A connection that is opened, or whose end is read, is sampled if a random number has none of these bits.
+/// A connection that is opened, or that the peer closes, is sampled if a random number has none of these bits.
 const OPENED_MASK: usize = 4;
-const READ_MASK: usize = 5;
+const CLOSED_MASK: usize = 5;
 const COUNTERS: usize = 6;
 
 const NAMES: [Name; 11] = [
@@ -161,14 +161,14 @@ impl Tracer {
         self.slots.take(age, each);
     }
 
-    /// From now on samples one of `reads` reads of an end, and one of `opened` connections that are opened.
+    /// From now on samples one of `closed` connections that the peer closes, and one of `opened` connections that are opened.
     ///
     /// # Panics
     /// One of them is no power of two.
-    pub fn sample_one_of(&self, reads: u32, opened: u32) {
-        assert!(reads.is_power_of_two() && opened.is_power_of_two());
+    pub fn sample_one_of(&self, closed: u32, opened: u32) {
+        assert!(closed.is_power_of_two() && opened.is_power_of_two());
         let numbers = self.counters.numbers();
-        for (index, of) in [(READ_MASK, reads), (OPENED_MASK, opened)] {
+        for (index, of) in [(CLOSED_MASK, closed), (OPENED_MASK, opened)] {
             numbers[index].store(u64::from(of) - 1, Ordering::Relaxed);
         }
     }

@@ -5,8 +5,8 @@ use super::slots::{
 };
 use super::slots::{OPENED, PART, READS, READY, STACK};
 use super::{
-    ACCEPTED, CLOSED_COUNT, CONNECTED, COOKIE, IS_READ, LIFE, Maps, NO_SLOT_COUNT, OPENED_COUNT,
-    OPENED_HOW, OPENED_MASK, READ_COUNT, READ_MASK, READ_SLOT, STUCK_SINCE, WEIGHT,
+    ACCEPTED, CLOSED_COUNT, CLOSED_MASK, CONNECTED, COOKIE, IS_READ, LIFE, Maps, NO_SLOT_COUNT,
+    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_COUNT, READ_SLOT, STUCK_SINCE, WEIGHT,
 };
 use crate::sys::bpf::Register::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
 use crate::sys::bpf::{Asm, Btf, BtfError, Field, Helper, Insn, Label, Register, Size};
@@ -133,14 +133,20 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
         .jump(end);
 
     // closed_by_peer:
-    // mine[STUCK_SINCE] = bpf_ktime_get_ns();
     asm.place(closed_by_peer);
     if_tcp(&mut asm, &fields, end);
-    create_storage(&mut asm, maps, end);
-    asm.call(Helper::Now)
-        .store_at(MINE, at(STUCK_SINCE), Size::U64, R0);
     count(&mut asm, maps, CLOSED_COUNT);
-    asm.jump(end);
+    if_sampled(&mut asm, maps, CLOSED_MASK, end);
+    create_storage(&mut asm, maps, end);
+    // mine[STUCK_SINCE] = bpf_ktime_get_ns();
+    // mine[WEIGHT] = counters[CLOSED_MASK] + 1;
+    asm.call(Helper::Now)
+        .store_at(MINE, at(STUCK_SINCE), Size::U64, R0)
+        .address_of_map_value(R1, maps.counters.fd())
+        .load_at(R1, R1, at(CLOSED_MASK), Size::U64)
+        .add(R1, 1)
+        .store_at(MINE, at(WEIGHT), Size::U64, R1)
+        .jump(end);
 
     asm.place(connects);
     if_tcp(&mut asm, &fields, end);
@@ -174,19 +180,18 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
         .load(R1, R0, copied_seq)
         .load(R2, R0, rcv_nxt)
         .if_differs(R1, R2, end);
-    create_storage(&mut asm, maps, end);
-    // if (mine[IS_READ]) return 0;
+    // It has memory if its FIN was sampled.
+    get_storage(&mut asm, maps, 0, end);
+    // if (mine[IS_READ] || !mine[WEIGHT]) return 0;
     // mine[IS_READ] = 1;
     asm.load_at(R1, MINE, at(IS_READ), Size::U64)
         .if_not(R1, 0, end)
+        .load_at(R1, MINE, at(WEIGHT), Size::U64)
+        .if_is(R1, 0, end)
         .set(R1, 1)
-        .store_at(MINE, at(IS_READ), Size::U64, R1);
-    if_sampled(&mut asm, maps, READ_MASK, end);
-    // mine[WEIGHT] = counters[READ_MASK] + 1;
-    asm.address_of_map_value(R1, maps.counters.fd())
-        .load_at(R1, R1, at(READ_MASK), Size::U64)
-        .add(R1, 1)
-        .store_at(MINE, at(WEIGHT), Size::U64, R1);
+        .store_at(MINE, at(IS_READ), Size::U64, R1)
+        .load_at(R1, MINE, at(COOKIE), Size::U64)
+        .spill(MY_COOKIE, Size::U64, R1);
     count(&mut asm, maps, READ_COUNT);
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
