@@ -34,7 +34,7 @@ pub const TESTS: &[Test] = &[
     once!(a_trace_ends_by_itself).needs(Need::Iterator),
     once!(a_person_gets_the_place_and_the_next_caller).needs(Need::Leaky(Leaky::C)),
     once!(nothing_stays_attached_after_a_kill).needs(Need::Iterator),
-    once!(without_privileges_it_says_what_it_needs),
+    once!(without_privileges_it_says_what_it_needs).needs(Need::RootOfTheMachine),
 ];
 
 /// A server with leaks, and a client on the same host.

@@ -17,7 +17,9 @@ use crate::trace::{Scene, Tracing, codes};
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
-    once!(a_32_bit_program_is_told).needs(Need::Bits32),
+    once!(a_32_bit_program_is_told)
+        .needs(Need::Bits32)
+        .needs(Need::Iterator),
     once!(a_library_that_was_cut_before_costs_its_names).needs(Need::Leaky(Leaky::C)),
     once!(a_library_that_is_cut_meanwhile_costs_its_names).needs(Need::Leaky(Leaky::C)),
     once!(a_module_of_redis_is_named).needs(Need::Leaky(Leaky::Redis)),

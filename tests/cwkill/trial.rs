@@ -21,7 +21,8 @@ pub struct Test {
     name: &'static str,
     body: Body,
     slow: bool,
-    need: Option<Need>,
+    /// At most two.
+    needs: [Option<Need>; 2],
 }
 
 #[derive(Clone, Copy)]
@@ -105,7 +106,7 @@ impl Test {
             name,
             body: Body::Once(body),
             slow: false,
-            need: None,
+            needs: [None; 2],
         }
     }
 
@@ -114,7 +115,7 @@ impl Test {
             name,
             body: Body::EachFamily(body),
             slow: false,
-            need: None,
+            needs: [None; 2],
         }
     }
 
@@ -126,7 +127,7 @@ impl Test {
 
     pub const fn needs(self, need: Need) -> Self {
         Test {
-            need: Some(need),
+            needs: [Some(need), self.needs[0]],
             ..self
         }
     }
@@ -156,7 +157,8 @@ pub fn trials(modules: &[(&str, &[Test])]) -> Vec<Trial> {
     for (module, tests) in modules {
         for test in *tests {
             let name = format!("{module}::{}", test.name);
-            if let Some(why) = test.need.and_then(Need::missing) {
+            let mut needs = test.needs.into_iter().flatten();
+            if let Some(why) = needs.find_map(Need::missing) {
                 left_out.entry(why).or_default().push(name);
                 continue;
             }
