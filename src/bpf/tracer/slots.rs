@@ -121,8 +121,11 @@ fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample>
         return None;
     }
     let len = usize::try_from(number(LEN)).map_or(0, |len| len.min(STACK));
-    let words = slot[HEAD..HEAD + len / 8].iter();
-    let stack = words.flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
+    // Hundreds of them are copied in a tick.
+    let mut stack = Vec::with_capacity(len);
+    for word in &slot[HEAD..HEAD + len / 8] {
+        stack.extend_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+    }
     // bpf_get_current_pid_tgid: the thread is in the lower half.
     let pid = i32::try_from(number(BY) >> 32).ok()?;
     let sample = Sample {
@@ -137,7 +140,7 @@ fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample>
         sp: number(SP),
         fp: number(FP),
         lr: number(LR),
-        stack: stack.collect(),
+        stack,
     };
     fence(Ordering::SeqCst);
     let freed = slot[OWNER].compare_exchange(owner, 0, Ordering::SeqCst, Ordering::Relaxed);

@@ -72,7 +72,12 @@ impl Memory {
         code.all(|code| code.from == CodeSource::RunTime || self.at(code.start) == Some(code))
     }
 
-    /// The last address of code.
+    /// The first address of code.
+    pub fn start(&self) -> u64 {
+        self.code.first().map_or(0, |code| code.start)
+    }
+
+    /// The end of the last code.
     pub fn end(&self) -> u64 {
         self.code.last().map_or(0, |code| code.end)
     }

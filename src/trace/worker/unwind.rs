@@ -52,8 +52,12 @@ impl Unwinder {
         self.add(input.lr, memory);
         // What looks like an address of code may be one. Files that the stack does not name are not read.
         let (words, _) = input.stack.as_chunks::<8>();
+        let code = memory.start()..memory.end();
         for word in words {
-            self.add(u64::from_ne_bytes(*word), memory);
+            let word = u64::from_ne_bytes(*word);
+            if code.contains(&word) {
+                self.add(word, memory);
+            }
         }
         let mut read = |address: u64| {
             let at = usize::try_from(address.checked_sub(input.sp).ok_or(())?).map_err(drop)?;
