@@ -79,6 +79,7 @@ impl Watch {
     /// Goes on until `until`, or until the operator stops it, and a moment longer: what closes in this moment was not stuck.
     pub fn go_on(&mut self, until: Option<Instant>, control: &dyn Control) {
         let mut seen = Counts::default();
+        let mut before = monotonic();
         while !control.interrupted() {
             let left = until.map(|until| until.saturating_duration_since(control.now()));
             if left.is_some_and(|left| left.is_zero()) {
@@ -86,12 +87,17 @@ impl Watch {
             }
             control.sleep(left.map_or(TICK, |left| left.min(TICK)));
             self.take(SETTLE, false);
-            let counts = self.tracer.counts();
+            let (counts, now) = (self.tracer.counts(), monotonic());
+            let lasted = now.saturating_sub(before);
             self.tracer.sample_one_of(
-                one_of(counts.closed_by_peer - seen.closed_by_peer, CLOSED_PER_TICK),
-                one_of(counts.opened - seen.opened, OPENED_PER_TICK),
+                one_of(
+                    counts.closed_by_peer - seen.closed_by_peer,
+                    CLOSED_PER_TICK,
+                    lasted,
+                ),
+                one_of(counts.opened - seen.opened, OPENED_PER_TICK, lasted),
             );
-            seen = counts;
+            (seen, before) = (counts, now);
         }
         self.ended = monotonic();
         control.sleep(SETTLE);
@@ -129,8 +135,10 @@ impl Watch {
     }
 }
 
-/// Of how many events one is sampled, so that of `count` about `wanted` are, or all. A power of two.
-fn one_of(count: u64, wanted: u64) -> u32 {
+/// Of how many events one is sampled, so that of `count` in this time about `wanted` in a tick are, or all. A power of two.
+fn one_of(count: u64, wanted: u64, lasted: Duration) -> u32 {
+    let ticks = (lasted.as_millis() / TICK.as_millis()).max(1);
+    let wanted = wanted.saturating_mul(u64::try_from(ticks).unwrap_or(u64::MAX));
     let of = u32::try_from(count.div_ceil(wanted)).unwrap_or(MAX_OF);
     of.clamp(1, MAX_OF).next_power_of_two()
 }
@@ -141,10 +149,13 @@ mod tests {
 
     #[test]
     fn a_quiet_host_is_sampled_as_a_whole() {
-        assert_eq!(one_of(0, 100), 1);
-        assert_eq!(one_of(100, 100), 1);
-        assert_eq!(one_of(101, 100), 2);
-        assert_eq!(one_of(10_000, 100), 128);
-        assert_eq!(one_of(u64::MAX, 100), MAX_OF);
+        let of = |count| one_of(count, 100, TICK);
+        assert_eq!(of(0), 1);
+        assert_eq!(of(100), 1);
+        assert_eq!(of(101), 2);
+        assert_eq!(of(10_000), 128);
+        assert_eq!(of(u64::MAX), MAX_OF);
+        // A tick that took longer.
+        assert_eq!(one_of(1000, 100, 10 * TICK), 1);
     }
 }
