@@ -198,12 +198,7 @@ fn an_end_whose_packets_pass_elsewhere_is_silent() -> Result<()> {
             .contains("alive: source alive, destination silent"),
         "{ran:?}"
     );
-    let ran = gateway.gateway("--cut --all --active --json")?.exits(4);
-    let found = results(&ran);
-    let said: Vec<String> = ["outcome", "source/now", "destination/now"]
-        .map(|name| at(&found[0], &format!("/result/{name}")))
-        .into();
-    assert_eq!(said, ["half", "gone", "silent"], "{ran:?}");
+    a_cut_ends_the_source_alone(&gateway)?;
     assert_eq!(connections(&gateway.lab.client)?, 0);
     Ok(())
 }
@@ -393,12 +388,7 @@ fn a_signed_connection_is_not_said_to_be_ended() -> Result<()> {
     sh(&gateway.lab.client, "ss -K dst 10.79.2.2 > /dev/null")?;
     wait_for(PATIENCE, is_forgotten)?;
     sh(&gateway.lab.client, "nft delete table ip drops")?;
-    let ran = gateway.gateway("--cut --all --active --json")?.exits(4);
-    let found = results(&ran);
-    let said: Vec<String> = ["outcome", "source/now", "destination/now"]
-        .map(|name| at(&found[0], &format!("/result/{name}")))
-        .into();
-    assert_eq!(said, ["half", "gone", "silent"], "{ran:?}");
+    a_cut_ends_the_source_alone(gateway)?;
     assert_eq!(connections(&gateway.lab.server)?, 1);
     Ok(())
 }
@@ -420,6 +410,18 @@ fn a_connection_of_tcp_fast_open_is_cut() -> Result<()> {
         assert_eq!(connections(host)?, 1);
     }
     assert_eq!(gateway.listed("")?.len(), 1);
+    Ok(())
+}
+
+/// Cuts the only connection: its source is gone then, and its destination silent.
+#[track_caller]
+fn a_cut_ends_the_source_alone(gateway: &Gateway) -> Result<()> {
+    let ran = gateway.gateway("--cut --all --active --json")?.exits(4);
+    let found = results(&ran);
+    let said: Vec<String> = ["outcome", "source/now", "destination/now"]
+        .map(|name| at(&found[0], &format!("/result/{name}")))
+        .into();
+    assert_eq!(said, ["half", "gone", "silent"], "{ran:?}");
     Ok(())
 }
 
