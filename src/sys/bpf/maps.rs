@@ -17,7 +17,7 @@ const HASH: u32 = 1;
 const ARRAY: u32 = 2;
 
 /// BPF_F_NO_PREALLOC
-const NO_PREALLOC: u32 = 1;
+pub(super) const NO_PREALLOC: u32 = 1;
 /// BPF_F_MMAPABLE
 const MMAPABLE: u32 = 1 << 10;
 

@@ -3,13 +3,11 @@
 use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use super::maps::{MapAttr, create};
+use super::maps::{MapAttr, NO_PREALLOC, create};
 use super::{BTF_LOAD, BpfError, address, bpf_fd, length, number};
 
 /// BPF_MAP_TYPE_SK_STORAGE
 const SK_STORAGE: u32 = 24;
-/// BPF_F_NO_PREALLOC, which the kernel demands of such a map.
-const NO_PREALLOC: u32 = 1;
 
 /// As many numbers of 64 bits as `WORDS`, of each socket that has them.
 #[derive(Debug)]
@@ -44,6 +42,7 @@ impl<const WORDS: usize> SocketStorage<WORDS> {
             map_type: SK_STORAGE,
             key_size: 4,
             value_size: length(8 * WORDS),
+            // The kernel demands it of such a map.
             map_flags: NO_PREALLOC,
             btf_fd: number(types.as_raw_fd()),
             btf_key_type_id: KEY,
