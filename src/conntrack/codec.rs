@@ -389,10 +389,7 @@ fn answer(message: &NetlinkBuffer<&[u8]>) -> Answer {
         return Answer::Errno(errno);
     }
     match message.message_type() {
-        NLMSG_DONE => {
-            let errno = message.payload().first_chunk();
-            Answer::Done(errno.map_or(0, |errno| i32::from_ne_bytes(*errno).saturating_neg()))
-        }
+        NLMSG_DONE => Answer::Done(netlink::end_of_list(message).unwrap_or(0)),
         CT_NEW => match entry(message.payload()) {
             Some(entry) => Answer::Entry(Box::new(entry)),
             None => Answer::Other,

@@ -5,11 +5,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 
 use crate::netlink::{self, attributes};
 
-const XFRM_MSG_NEWPOLICY: u16 = 0x13;
+pub(super) const XFRM_MSG_NEWPOLICY: u16 = 0x13;
 const XFRM_MSG_GETPOLICY: u16 = 0x15;
 /// `struct xfrm_userpolicy_id`.
 const ID_LEN: usize = 64;
@@ -86,11 +86,13 @@ impl Port {
     }
 }
 
-/// A packet that this host forwards.
+/// A packet that this host forwards, as the kernel compares it with policies.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Packet {
     pub from: SocketAddr,
     pub to: SocketAddr,
+    /// Whether it is compared with the policies of direction out, otherwise with those of fwd.
+    pub leaves: bool,
     /// The interface by which it leaves.
     pub interface: u32,
     pub mark: u32,
@@ -100,26 +102,24 @@ impl IpsecPolicy {
     fn covers(&self, packet: &Packet) -> bool {
         let Packet { from, to, .. } = packet;
         let (mark, mask) = self.mark;
-        self.destination.has(to.ip())
+        self.is_out == packet.leaves
+            && self.destination.has(to.ip())
             && self.source.has(from.ip())
             && self.destination_port.has(to.port())
             && self.source_port.has(from.port())
             && packet.mark & mask == mark
-            && (self.interface == 0 || !self.is_out || self.interface == packet.interface)
+            && [0, packet.interface].contains(&self.interface)
     }
 }
 
-/// Whether `policies` let only packets pass that are not plain text, or none.
+/// Whether `policies` let such a packet pass only if it is not plain text, or not at all.
 pub(super) fn forbid(policies: &[IpsecPolicy], packet: &Packet) -> bool {
-    [true, false].into_iter().any(|is_out| {
-        let of_way = policies.iter().filter(|policy| policy.is_out == is_out);
-        let covering = of_way.filter(|policy| policy.covers(packet));
-        // Of several with one number the oldest counts, which the list does not tell: then one that forbids it is taken.
-        let first = covering
-            .map(|policy| (policy.priority, policy.is_plain))
-            .min();
-        first.is_some_and(|(_, is_plain)| !is_plain)
-    })
+    let covering = policies.iter().filter(|policy| policy.covers(packet));
+    // Of several with one number the oldest counts, which the list does not tell: then one that forbids it is taken.
+    let first = covering
+        .map(|policy| (policy.priority, policy.is_plain))
+        .min();
+    first.is_some_and(|(_, is_plain)| !is_plain)
 }
 
 /// The question for all policies.
@@ -136,31 +136,8 @@ pub(super) fn policies_question(sequence: u32) -> Vec<u8> {
     bytes
 }
 
-/// A message of the list.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Item {
-    Policy(IpsecPolicy),
-    /// The end of the list; 0, or the errno with which it failed.
-    Done(i32),
-}
-
-/// The messages of the list with this number. Policies that are never about forwarded packets of TCP are left out.
-pub(super) fn items(datagram: &[u8], sequence: u32) -> impl Iterator<Item = Item> {
-    let messages = netlink::messages(datagram);
-    let messages = messages.filter(move |message| message.sequence_number() == sequence);
-    messages.filter_map(|message| {
-        if let Some(errno) = netlink::errno(&message) {
-            return Some(Item::Done(errno));
-        }
-        match message.message_type() {
-            NLMSG_DONE => Some(Item::Done(0)),
-            XFRM_MSG_NEWPOLICY => policy(message.payload()).map(Item::Policy),
-            _ => None,
-        }
-    })
-}
-
-fn policy(payload: &[u8]) -> Option<IpsecPolicy> {
+/// A policy of the list; `Some(None)` if it is never about forwarded packets of TCP, `None` if it cannot be read.
+pub(super) fn policy(payload: &[u8]) -> Option<Option<IpsecPolicy>> {
     let info = payload.get(..INFO_LEN)?;
     let number = |place: usize| Some(u32::from_ne_bytes(*info.get(place..)?.first_chunk()?));
     let port = |place: usize| -> Option<Port> {
@@ -181,7 +158,7 @@ fn policy(payload: &[u8]) -> Option<IpsecPolicy> {
     };
     let (direction, protocol) = (info[DIRECTION], info[PROTOCOL]);
     if ![XFRM_POLICY_OUT, XFRM_POLICY_FWD].contains(&direction) || ![0, TCP].contains(&protocol) {
-        return None;
+        return Some(None);
     }
     let (mut mark, mut has_template) = ((0, 0), false);
     for (kind, value) in attributes(payload.get(INFO_LEN..)?) {
@@ -190,11 +167,11 @@ fn policy(payload: &[u8]) -> Option<IpsecPolicy> {
             XFRMA_TMPL => has_template = !value.is_empty(),
             XFRMA_MARK => mark = (number(0)?, number(4)?),
             // It is for packets that enter an xfrm interface, which encrypts those of packet sockets too.
-            XFRMA_IF_ID if number(0)? != 0 => return None,
+            XFRMA_IF_ID if number(0)? != 0 => return Some(None),
             _ => {}
         }
     }
-    Some(IpsecPolicy {
+    Some(Some(IpsecPolicy {
         destination: network(DESTINATION, DESTINATION_BITS)?,
         source: network(SOURCE, SOURCE_BITS)?,
         destination_port: port(DESTINATION_PORT)?,
@@ -204,7 +181,7 @@ fn policy(payload: &[u8]) -> Option<IpsecPolicy> {
         priority: number(PRIORITY)?,
         is_out: direction == XFRM_POLICY_OUT,
         is_plain: info[ACTION] == XFRM_POLICY_ALLOW && !has_template,
-    })
+    }))
 }
 
 #[cfg(test)]
@@ -234,26 +211,17 @@ mod tests {
     }
 
     fn read(bodies: &[Vec<u8>]) -> Vec<IpsecPolicy> {
-        let mut datagram = Vec::new();
-        for body in bodies {
-            netlink::put_message(&mut datagram, XFRM_MSG_NEWPOLICY, 0, 7, body);
+        for length in 0..INFO_LEN {
+            let cut = bodies.first().map(|body| policy(&body[..length]));
+            assert!(cut.is_none_or(|cut| cut.is_none()));
         }
-        netlink::put_message(&mut datagram, NLMSG_DONE, 0, 7, &[0; 4]);
-        assert_eq!(items(&datagram, 8).count(), 0);
-        for length in 0..datagram.len() {
-            assert!(items(&datagram[..length], 7).count() <= bodies.len());
-        }
-        let mut items: Vec<Item> = items(&datagram, 7).collect();
-        assert_eq!(items.pop(), Some(Item::Done(0)));
-        let policies = items.into_iter().map(|item| match item {
-            Item::Policy(policy) => policy,
-            Item::Done(_) => panic!("the end came early"),
-        });
-        policies.collect()
+        let policies = bodies.iter().map(|body| policy(body).unwrap());
+        policies.flatten().collect()
     }
 
-    fn packet(from: &str, to: &str) -> Packet {
+    fn packet(from: &str, to: &str, leaves: bool) -> Packet {
         Packet {
+            leaves,
             from: from.parse().unwrap(),
             to: to.parse().unwrap(),
             interface: 3,
@@ -263,7 +231,14 @@ mod tests {
 
     /// Whether these policies forbid plain packets from the client to the server.
     fn forbidden(bodies: &[Vec<u8>]) -> bool {
-        forbid(&read(bodies), &packet("10.79.1.2:40000", "10.79.2.2:7000"))
+        let policies = read(bodies);
+        let forbids = |leaves| {
+            forbid(
+                &policies,
+                &packet("10.79.1.2:40000", "10.79.2.2:7000", leaves),
+            )
+        };
+        forbids(true) || forbids(false)
     }
 
     #[test]
@@ -277,8 +252,9 @@ mod tests {
                 ("10.79.2.2:7000", "10.79.1.2:40000", false),
                 ("[fd79::1]:4", "[fd79::2]:5", false),
             ] {
-                let found = forbid(&policies, &packet(from, to));
-                assert_eq!(found, expected, "{way} {from} {to}");
+                let found = |leaves| forbid(&policies, &packet(from, to, leaves));
+                assert_eq!(found(way == OUT), expected, "{way} {from} {to}");
+                assert!(!found(way != OUT), "{way} {from} {to}");
             }
         }
         assert!(!forbidden(&[]));

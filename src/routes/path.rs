@@ -15,7 +15,8 @@ use netlink_sys::{
 
 use super::forwarding::{self, Hop, NoPath, Origin, Policy, Question, Route};
 use super::ipsec::{self, IpsecPolicy, Packet};
-use super::path_codec::{self as codec, Answer, Item, Rule};
+use super::path_codec::{self as codec, Answer, Link};
+use crate::netlink::List;
 use crate::sys::link::{LinkDestination, MAX_HARDWARE_LEN};
 use crate::tcp::Tuple;
 
@@ -26,6 +27,8 @@ const RESOLVE_PAUSE: Duration = Duration::from_millis(2);
 const DEAD_TIME: Duration = Duration::from_secs(30);
 /// For how long the lists of rules and links are used.
 const POLICY_TIME: Duration = Duration::from_secs(1);
+/// So often a list is asked for that has changed while it was read.
+const LIST_ATTEMPTS: u32 = 3;
 /// The kernel fills a datagram of a list with up to 32 KiB (net/netlink/af_netlink.c, netlink_dump).
 const RECEIVE_BUFFER: usize = 64 * 1024;
 /// linux/if.h, IFF_NOARP: the interface has no neighbours, for example a tunnel.
@@ -46,21 +49,25 @@ impl Flow {
         self.views.map(|view| view.local)
     }
 
-    /// The packets to both ends, as the kernel compares them with policies of IPsec: as it routes them, and once more after the
-    /// source is translated (net/netfilter/nf_nat_core.c, nf_xfrm_me_harder).
+    /// The packets to both ends, as the kernel compares them with policies of IPsec: as they have arrived (net/netfilter/nf_nat_core.c,
+    /// __nf_nat_decode_session), as it routes them, and once more after the source is translated (nf_xfrm_me_harder).
     fn packets(&self, hops: &[Hop; 2]) -> Vec<Packet> {
         let mut packets = Vec::new();
         for (side, (view, hop)) in self.views.iter().zip(hops).enumerate() {
-            let source = self.views[1 - side].local;
-            let translated = (view.peer != source).then_some(view.peer);
-            for from in [source].into_iter().chain(translated) {
-                for mark in [Some(0), (self.mark != 0).then_some(self.mark)] {
-                    packets.extend(mark.map(|mark| Packet {
+            let sender = self.views[1 - side];
+            for (from, to, leaves) in [
+                (sender.local, sender.peer, false),
+                (sender.local, view.local, true),
+                (view.peer, view.local, true),
+            ] {
+                for mark in [0, self.mark] {
+                    packets.push(Packet {
                         from,
-                        to: view.local,
+                        to,
+                        leaves,
                         interface: hop.interface,
                         mark,
-                    }));
+                    });
                 }
             }
         }
@@ -74,11 +81,9 @@ struct Policies {
     ipsec: Vec<IpsecPolicy>,
 }
 
-/// The paths of the network namespace of the thread that opened it.
+/// The paths of the network namespace of the threads that open it and ask it.
 pub struct Paths {
     socket: Socket,
-    /// `None`: this kernel has no policies of IPsec.
-    xfrm: Option<Socket>,
     sequence: u32,
     buffer: Vec<u8>,
     /// What depends on more than addresses, and when it was asked.
@@ -93,21 +98,8 @@ impl Paths {
     /// # Errors
     /// As socket(2).
     pub fn open() -> io::Result<Self> {
-        let socket = |protocol| -> io::Result<Socket> {
-            let mut socket = Socket::new(protocol)?;
-            socket.bind_auto()?;
-            socket.connect(&SocketAddr::new(0, 0))?;
-            Ok(socket)
-        };
-        let xfrm = match socket(NETLINK_XFRM) {
-            Ok(xfrm) => Some(xfrm),
-            // Without CONFIG_XFRM_USER.
-            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => None,
-            Err(error) => return Err(error),
-        };
         Ok(Paths {
-            socket: socket(NETLINK_ROUTE)?,
-            xfrm,
+            socket: open_netlink(NETLINK_ROUTE)?,
             sequence: 0,
             buffer: vec![0; RECEIVE_BUFFER],
             policies: None,
@@ -149,68 +141,9 @@ impl Paths {
         let now = Instant::now();
         let (policies, asked) = match self.policies.take() {
             Some((policies, asked)) if now < asked + POLICY_TIME => (policies, asked),
-            _ => (Arc::new(self.read_policies()?), now),
+            _ => (Arc::new(read_policies()?), now),
         };
         self.policies = Some((Arc::clone(&policies), asked));
-        Ok(policies)
-    }
-
-    fn read_policies(&mut self) -> io::Result<Policies> {
-        let mut links = Vec::new();
-        self.list(codec::links_question, &mut |item| {
-            if let Item::Link(link) = item {
-                links.push(link);
-            }
-        })?;
-        let mut of_family = |ipv6| -> io::Result<Policy> {
-            let mut rules: Vec<Rule> = Vec::new();
-            let question = |sequence| codec::rules_question(ipv6, sequence);
-            self.list(question, &mut |item| {
-                if let Item::Rule(rule) = item {
-                    rules.push(rule);
-                }
-            })?;
-            let is_named = |name: &Vec<u8>| {
-                let mut named = rules.iter();
-                named.any(|rule| rule.arrives_at.as_ref() == Some(name))
-            };
-            let used = || links.iter().filter(|link| link.is_used);
-            let indexes = |wanted: &dyn Fn(&codec::Link) -> bool| -> Vec<u32> {
-                let wanted = used().filter(|link| wanted(link));
-                wanted.map(|link| link.index).collect()
-            };
-            Ok(Policy {
-                interfaces: indexes(&|link| is_named(&link.name)),
-                vrfs: indexes(&|link| link.is_vrf),
-                by_mark: rules.iter().any(|rule| rule.by_mark),
-                all: indexes(&|link| !link.is_vrf),
-                is_hash_unknown: is_hash_unknown(ipv6),
-            })
-        };
-        Ok(Policies {
-            routing: [of_family(false)?, of_family(true)?],
-            ipsec: self.ipsec_policies()?,
-        })
-    }
-
-    fn ipsec_policies(&mut self) -> io::Result<Vec<IpsecPolicy>> {
-        let mut policies = Vec::new();
-        let Some(xfrm) = &self.xfrm else {
-            return Ok(policies);
-        };
-        self.sequence = self.sequence.wrapping_add(1);
-        let sequence = self.sequence;
-        let question = ipsec::policies_question(sequence);
-        list(xfrm, &question, &mut self.buffer, &mut |datagram| {
-            let mut end = None;
-            for item in ipsec::items(datagram, sequence) {
-                match item {
-                    ipsec::Item::Policy(policy) => policies.push(policy),
-                    ipsec::Item::Done(errno) => end = Some(errno),
-                }
-            }
-            end
-        })?;
         Ok(policies)
     }
 
@@ -339,48 +272,105 @@ impl Paths {
             }
         }
     }
+}
 
-    fn list(
-        &mut self,
-        question: impl Fn(u32) -> Vec<u8>,
-        handle: &mut dyn FnMut(Item),
-    ) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let sequence = self.sequence;
-        let question = question(sequence);
-        list(&self.socket, &question, &mut self.buffer, &mut |datagram| {
-            let mut end = None;
-            for item in codec::items(datagram, sequence) {
-                match item {
-                    Item::Done(errno) => end = Some(errno),
-                    item => handle(item),
-                }
-            }
-            end
-        })
+fn open_netlink(protocol: isize) -> io::Result<Socket> {
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+fn read_policies() -> io::Result<Policies> {
+    let links = list(
+        NETLINK_ROUTE,
+        codec::links_question,
+        codec::RTM_NEWLINK,
+        codec::link,
+    )?;
+    Ok(Policies {
+        routing: [
+            routing_policy(false, &links)?,
+            routing_policy(true, &links)?,
+        ],
+        ipsec: ipsec_policies()?,
+    })
+}
+
+fn routing_policy(ipv6: bool, links: &[Link]) -> io::Result<Policy> {
+    let question = |sequence| codec::rules_question(ipv6, sequence);
+    let rules = list(NETLINK_ROUTE, question, codec::RTM_NEWRULE, codec::rule);
+    let rules = match rules {
+        // A kernel without rules, or without this family.
+        Err(error) if is_errno(&error, &[libc::EAFNOSUPPORT, libc::EOPNOTSUPP]) => Vec::new(),
+        rules => rules?,
+    };
+    let is_named = |name: &Vec<u8>| {
+        let mut named = rules.iter();
+        named.any(|rule| rule.arrives_at.as_ref() == Some(name))
+    };
+    let indexes = |wanted: &dyn Fn(&Link) -> bool| -> Vec<u32> {
+        let wanted = links.iter().filter(|link| link.is_used && wanted(link));
+        wanted.map(|link| link.index).collect()
+    };
+    Ok(Policy {
+        interfaces: indexes(&|link| is_named(&link.name)),
+        vrfs: indexes(&|link| link.is_vrf),
+        by_mark: rules.iter().any(|rule| rule.by_mark),
+        all: indexes(&|link| !link.is_vrf),
+        is_hash_unknown: is_hash_unknown(ipv6),
+    })
+}
+
+fn ipsec_policies() -> io::Result<Vec<IpsecPolicy>> {
+    let policies = list(
+        NETLINK_XFRM,
+        ipsec::policies_question,
+        ipsec::XFRM_MSG_NEWPOLICY,
+        ipsec::policy,
+    );
+    match policies {
+        // Without CONFIG_XFRM_USER, or before its module is loaded.
+        Err(error) if is_errno(&error, &[libc::EPROTONOSUPPORT]) => Ok(Vec::new()),
+        policies => Ok(policies?.into_iter().flatten().collect()),
     }
 }
 
-/// Sends a question for a list, and reads the list: `handle` returns the errno at its end. The kernel sends the rest when the first part was read.
-fn list(
-    socket: &Socket,
-    question: &[u8],
-    buffer: &mut [u8],
-    handle: &mut dyn FnMut(&[u8]) -> Option<i32>,
-) -> io::Result<()> {
-    socket.send(question, 0)?;
-    loop {
-        let length = match socket.recv(&mut &mut *buffer, 0) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            length => length?,
-        };
-        match handle(&buffer[..length]) {
-            None => {}
-            // A kernel without such a list, or without this family.
-            Some(0 | libc::EAFNOSUPPORT | libc::EOPNOTSUPP) => return Ok(()),
-            Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
+fn is_errno(error: &io::Error, errnos: &[i32]) -> bool {
+    error
+        .raw_os_error()
+        .is_some_and(|errno| errnos.contains(&errno))
+}
+
+/// A list of the kernel. It has a socket of its own: what is left of one that broke off would stand before the next one.
+///
+/// # Errors
+/// As socket(2), and as the kernel answers. EINTR: what it lists changes all the time.
+fn list<T>(
+    protocol: isize,
+    question: impl Fn(u32) -> Vec<u8>,
+    item: u16,
+    parse: impl Fn(&[u8]) -> Option<T>,
+) -> io::Result<Vec<T>> {
+    let mut buffer = vec![0; RECEIVE_BUFFER];
+    for _ in 0..LIST_ATTEMPTS {
+        let socket = open_netlink(protocol)?;
+        socket.send(&question(1), 0)?;
+        let mut list = List::default();
+        loop {
+            let length = match socket.recv(&mut &mut buffer[..], 0) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                length => length?,
+            };
+            if list.add(&buffer[..length], item, &parse)? {
+                break;
+            }
+        }
+        if !list.is_interrupted {
+            return Ok(list.items);
         }
     }
+    Err(io::Error::from_raw_os_error(libc::EINTR))
 }
 
 /// Whether nobody can tell which hop of a route with several ones a forwarded packet takes (net/ipv4/route.c, fib_multipath_hash;

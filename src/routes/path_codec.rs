@@ -3,20 +3,18 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NLMSG_DONE,
-};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST};
 
 use super::forwarding::{Origin, Question};
 use crate::netlink::{self, attributes, put_attribute};
 
-const RTM_NEWLINK: u16 = 16;
+pub(super) const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_GETNEIGH: u16 = 30;
-const RTM_NEWRULE: u16 = 32;
+pub(super) const RTM_NEWRULE: u16 = 32;
 const RTM_GETRULE: u16 = 34;
 
 /// `struct rtmsg` and the place of the type of the route in it.
@@ -229,34 +227,7 @@ pub(super) struct Rule {
     pub by_mark: bool,
 }
 
-/// A message of a list.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Item {
-    Link(Link),
-    Rule(Rule),
-    /// The end of the list; 0, or the errno with which it failed.
-    Done(i32),
-}
-
-/// The messages of a list with this number.
-pub(super) fn items(datagram: &[u8], sequence: u32) -> impl Iterator<Item = Item> {
-    let messages = netlink::messages(datagram);
-    let messages = messages.filter(move |message| message.sequence_number() == sequence);
-    messages.filter_map(|message| {
-        if let Some(errno) = netlink::errno(&message) {
-            return Some(Item::Done(errno));
-        }
-        let payload = message.payload();
-        match message.message_type() {
-            NLMSG_DONE => Some(Item::Done(0)),
-            RTM_NEWLINK => link(payload).map(Item::Link),
-            RTM_NEWRULE => rule(payload).map(Item::Rule),
-            _ => None,
-        }
-    })
-}
-
-fn link(payload: &[u8]) -> Option<Link> {
+pub(super) fn link(payload: &[u8]) -> Option<Link> {
     let index = u32::from_ne_bytes(*payload.get(LINK_INDEX..)?.first_chunk()?);
     let flags = u32::from_ne_bytes(*payload.get(LINK_FLAGS..)?.first_chunk()?);
     let (mut name, mut is_vrf) = (Vec::new(), false);
@@ -278,7 +249,7 @@ fn link(payload: &[u8]) -> Option<Link> {
     })
 }
 
-fn rule(payload: &[u8]) -> Option<Rule> {
+pub(super) fn rule(payload: &[u8]) -> Option<Rule> {
     let (mut arrives_at, mut by_mark) = (None, false);
     for (kind, value) in attributes(payload.get(RULE_LEN..)?) {
         match kind {
@@ -417,12 +388,10 @@ mod tests {
     }
 
     #[test]
-    fn links_and_rules_are_listed() {
-        let mut datagram = Vec::new();
-        let mut put = |kind, body: &[u8]| netlink::put_message(&mut datagram, kind, 0, 4, body);
-        let link = |index: u32, flags: u32, name: &[u8], kind: Option<&[u8]>| {
+    fn a_link_has_a_name_flags_and_perhaps_a_kind() {
+        let body = |flags: u32, name: &[u8], kind: Option<&[u8]>| {
             let mut body = vec![0; LINK_LEN];
-            body[LINK_INDEX..][..4].copy_from_slice(&index.to_ne_bytes());
+            body[LINK_INDEX..][..4].copy_from_slice(&3u32.to_ne_bytes());
             body[LINK_FLAGS..][..4].copy_from_slice(&flags.to_ne_bytes());
             put_attribute(&mut body, IFLA_IFNAME, name);
             if let Some(kind) = kind {
@@ -432,47 +401,50 @@ mod tests {
             }
             body
         };
-        put(RTM_NEWLINK, &link(1, 0x9, b"lo\0", None));
-        put(RTM_NEWLINK, &link(2, 0x1043, b"eth0\0", Some(b"veth")));
-        put(RTM_NEWLINK, &link(3, 0x1, b"red\0", Some(b"vrf\0")));
-        let mut rule = vec![0; RULE_LEN];
-        put(RTM_NEWRULE, &rule);
-        // fwmark 0/0xff00.
-        let mut unmarked = rule.clone();
-        put_attribute(&mut unmarked, 16, &[0, 0xff, 0, 0]);
-        put(RTM_NEWRULE, &unmarked);
-        put_attribute(&mut rule, FRA_IIFNAME, b"eth0\0");
-        put_attribute(&mut rule, FRA_FWMARK, &[1, 0, 0, 0]);
-        put(RTM_NEWRULE, &rule);
-        put(NLMSG_DONE, &[0; 4]);
-        let link = |index, name: &[u8], is_used, is_vrf| {
-            Item::Link(Link {
-                index,
+        let expected = |name: &[u8], is_used, is_vrf| {
+            Some(Link {
+                index: 3,
                 name: name.to_vec(),
                 is_used,
                 is_vrf,
             })
         };
-        let rule = |arrives_at: Option<&[u8]>, by_mark| {
-            Item::Rule(Rule {
+        let link_of = |flags, name, kind| link(&body(flags, name, kind));
+        assert_eq!(link_of(0x9, b"lo\0", None), expected(b"lo", false, false));
+        assert_eq!(
+            link_of(0x1043, b"eth0\0", Some(b"veth")),
+            expected(b"eth0", true, false)
+        );
+        assert_eq!(
+            link_of(0x1, b"red\0", Some(b"vrf\0")),
+            expected(b"red", true, true)
+        );
+        assert_eq!(link(&body(1, b"eth0\0", None)[..LINK_LEN - 1]), None);
+    }
+
+    #[test]
+    fn a_rule_may_be_about_an_interface_or_a_mark() {
+        let rule_of = |parts: &[(u16, &[u8])]| {
+            let mut body = vec![0; RULE_LEN];
+            for (kind, value) in parts {
+                put_attribute(&mut body, *kind, value);
+            }
+            rule(&body)
+        };
+        let expected = |arrives_at: Option<&[u8]>, by_mark| {
+            Some(Rule {
                 arrives_at: arrives_at.map(<[u8]>::to_vec),
                 by_mark,
             })
         };
-        let expected = [
-            link(1, b"lo", false, false),
-            link(2, b"eth0", true, false),
-            link(3, b"red", true, true),
-            rule(None, false),
-            rule(None, true),
-            rule(Some(b"eth0"), true),
-            Item::Done(0),
-        ];
-        assert_eq!(items(&datagram, 4).collect::<Vec<_>>(), expected);
-        assert_eq!(items(&datagram, 5).count(), 0);
-        for length in 0..datagram.len() {
-            assert!(items(&datagram[..length], 4).count() <= 6);
-        }
+        assert_eq!(rule_of(&[]), expected(None, false));
+        // fwmark 0/0xff00.
+        assert_eq!(rule_of(&[(16, &[0, 0xff, 0, 0])]), expected(None, true));
+        assert_eq!(
+            rule_of(&[(FRA_IIFNAME, b"eth0\0"), (FRA_FWMARK, &[1, 0, 0, 0])]),
+            expected(Some(b"eth0"), true)
+        );
+        assert_eq!(rule(&[0; RULE_LEN - 1]), None);
     }
 
     #[test]

@@ -395,6 +395,8 @@ fn what_a_policy_of_ipsec_covers_is_left_alone(family: Family) -> Result<()> {
         // Once more after the source is translated.
         (&of_nat, &of_server, "out"),
         (&of_client, anything, "fwd"),
+        // Packets that arrive are compared before their destination is translated.
+        (&of_server, &of_nat, "fwd"),
         (anything, anything, "out"),
     ] {
         add(from, to, way)?;
@@ -403,6 +405,8 @@ fn what_a_policy_of_ipsec_covers_is_left_alone(family: Family) -> Result<()> {
     }
     // Other packets, and those to this host.
     add(&of_nat, &of_client, "out")?;
+    add(&of_server, &of_client, "fwd")?;
+    add(&of_nat, &of_server, "fwd")?;
     add(anything, anything, "in")?;
     carries_data(&gateway, pairs[0])?;
     // An exception from a tunnel for all.
