@@ -67,6 +67,7 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
         log.begin_gateway_watch(act).context("nothing was done")?;
     }
     let begun = terminal.now();
+    let why_no_events = conntrack::events_sent().and_then(EventsSent::why_none);
     let mut watching = Watching {
         config,
         time_and_place,
@@ -78,7 +79,7 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
         listing: Patience::new(quiet),
         hearing: Patience::new(quiet),
         sorting: Patience::new(quiet),
-        has_events: conntrack::events_sent() != Some(EventsSent::Never),
+        has_events: why_no_events.is_none(),
         table,
         timeouts,
         workers: None,
@@ -88,11 +89,10 @@ pub(super) fn run(config: &GatewayConfig, watch: Watch) -> anyhow::Result<ExitSt
         watched: Watched::new(config.act, acts),
         control: &terminal,
     };
-    if !watching.has_events && !quiet {
-        say_notes([
-            "conntrack sends no events here (net.netfilter.nf_conntrack_events is 0): its table is listed again and again, so more \
-             bytes pass before a connection is ended",
-        ]);
+    if let Some(why) = why_no_events.filter(|_| !quiet) {
+        say_notes([format!(
+            "conntrack sends no events here ({why}): its table is listed again and again, so more bytes pass before a connection is ended"
+        )]);
     }
     if conntrack::table_use().is_none() && !quiet {
         say_notes(report::without_conntrack());

@@ -106,6 +106,8 @@ pub fn table_use() -> Option<(u64, u64)> {
 /// When a namespace sends events about its entries (net.netfilter.nf_conntrack_events).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventsSent {
+    /// The kernel was built without them (CONFIG_NF_CONNTRACK_EVENTS).
+    Unsupported,
     Never,
     /// About each entry.
     Always,
@@ -114,11 +116,23 @@ pub enum EventsSent {
 }
 
 impl EventsSent {
-    fn of_setting(value: u64) -> Self {
+    fn of_setting(value: Option<u64>) -> Self {
         match value {
-            0 => EventsSent::Never,
-            2 => EventsSent::WhileHeard,
-            _ => EventsSent::Always,
+            None => EventsSent::Unsupported,
+            Some(0) => EventsSent::Never,
+            Some(2) => EventsSent::WhileHeard,
+            Some(_) => EventsSent::Always,
+        }
+    }
+
+    /// Why nothing is heard of new connections, if it is so.
+    pub fn why_none(self) -> Option<&'static str> {
+        match self {
+            EventsSent::Unsupported => {
+                Some("this kernel was built without them, CONFIG_NF_CONNTRACK_EVENTS")
+            }
+            EventsSent::Never => Some("net.netfilter.nf_conntrack_events is 0"),
+            EventsSent::Always | EventsSent::WhileHeard => None,
         }
     }
 }
@@ -126,9 +140,7 @@ impl EventsSent {
 /// When the namespace of the calling thread sends events; `None` if connection tracking is not loaded.
 pub fn events_sent() -> Option<EventsSent> {
     number("nf_conntrack_count")?;
-    // A kernel without them (CONFIG_NF_CONNTRACK_EVENTS) has no such setting.
-    let value = number("nf_conntrack_events").unwrap_or(0);
-    Some(EventsSent::of_setting(value))
+    Some(EventsSent::of_setting(number("nf_conntrack_events")))
 }
 
 /// The entries in CLOSE_WAIT of the namespace of the calling thread. A table can have millions of entries, so cwkill reads until `until`
@@ -205,8 +217,9 @@ mod tests {
 
     #[test]
     fn the_setting_says_when_events_are_sent() {
-        let sent = [0, 1, 2].map(EventsSent::of_setting);
+        let sent = [None, Some(0), Some(1), Some(2)].map(EventsSent::of_setting);
         let expected = [
+            EventsSent::Unsupported,
             EventsSent::Never,
             EventsSent::Always,
             EventsSent::WhileHeard,

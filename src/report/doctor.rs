@@ -514,20 +514,22 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
 
 /// Whether a watch of `cwkill gateway` hears of new connections.
 fn events_check(sent: EventsSent) -> CheckLine {
-    let detail = match sent {
-        EventsSent::Never => {
-            "conntrack sends none (net.netfilter.nf_conntrack_events is 0): --watch lists the table again and again, so more bytes \
-             pass"
+    let why_none = sent.why_none();
+    let detail = match (why_none, sent) {
+        (Some(why), _) => format!(
+            "conntrack sends none ({why}): --watch lists the table again and again, so more bytes pass"
+        ),
+        (None, EventsSent::WhileHeard) => {
+            "conntrack sends them about entries that are made while somebody listens, as --watch does; it sees the others in the list \
+             every 10 seconds"
+                .to_owned()
         }
-        EventsSent::Always => "conntrack sends them about each entry",
-        EventsSent::WhileHeard => {
-            "conntrack sends them about entries that are made while somebody listens, as --watch does"
-        }
+        (None, _) => "conntrack sends them about each entry".to_owned(),
     };
     CheckLine {
         name: "gateway events",
-        ok: Some(sent != EventsSent::Never),
-        detail: detail.to_owned(),
+        ok: Some(why_none.is_none()),
+        detail,
     }
 }
 
@@ -584,6 +586,7 @@ mod tests {
     #[test]
     fn only_without_events_a_watch_hears_nothing() {
         for (sent, is_heard, detail) in [
+            (EventsSent::Unsupported, false, "CONFIG_NF_CONNTRACK_EVENTS"),
             (EventsSent::Never, false, "nf_conntrack_events is 0"),
             (EventsSent::Always, true, "each entry"),
             (EventsSent::WhileHeard, true, "while somebody listens"),
