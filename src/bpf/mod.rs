@@ -31,6 +31,15 @@ impl KernelTypes {
     }
 }
 
+/// What a trace does not see, each with the reason.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NotSeen {
+    /// Where the end of a stream is read.
+    pub reads: Option<String>,
+    /// Where a connection is accepted.
+    pub accepts: Option<String>,
+}
+
 /// The `L` bytes of a record at a place from its end: a program has the record on its stack, which grows downwards.
 fn part<const N: usize, const L: usize>(record: &[u8; N], from_end: i16) -> [u8; L] {
     let at = N - usize::from(from_end.unsigned_abs());

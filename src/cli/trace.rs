@@ -8,7 +8,7 @@ const AFTER_SHORT_HELP: &str = "All options and examples: cwkill trace --help";
 
 const AFTER_HELP: &str = "\
 It attaches programs to the kernel, watches, detaches them, and never acts. It needs CAP_BPF and CAP_PERFMON, or \
-CAP_SYS_ADMIN, and Linux 6.3. What was stuck before is counted; where that comes from cannot be known.
+CAP_SYS_ADMIN, and Linux 5.15. What was stuck before is counted; where that comes from cannot be known.
 
 Examples:
   cwkill trace --port 8080 --for 1m        one port, for a minute

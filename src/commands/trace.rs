@@ -54,7 +54,7 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
             Errno::EPERM => {
                 "cannot trace: it takes root, or CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN"
             }
-            Errno::EOPNOTSUPP => "cannot trace, which needs Linux 6.3 and its types",
+            Errno::EOPNOTSUPP => "cannot trace, which needs Linux 5.15 and its types",
             _ => "cannot trace",
         };
         anyhow::Error::new(error).context(what)

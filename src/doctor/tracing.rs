@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use crate::bpf::BpfError;
+use crate::bpf::{BpfError, NotSeen};
 use crate::finder::way::NotUsed;
 use crate::proc::ProcFs;
 use crate::sys::bpf::BtfError;
@@ -10,10 +10,7 @@ use crate::sys::bpf::BtfError;
 /// Whether `cwkill trace` works here. Each reason is for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tracing {
-    Works {
-        /// Why accepted connections are not seen.
-        no_accepts: Option<String>,
-    },
+    Works(NotSeen),
     Not(String),
     /// This cwkill has no `trace`.
     NotBuilt,
@@ -36,29 +33,23 @@ impl Tracing {
         Self::of(attach_and_detach())
     }
 
-    /// `attached`: why accepted connections are not seen, or why the programs cannot be attached.
-    fn of(attached: Result<Option<BpfError>, BpfError>) -> Self {
+    /// `attached`: what the attached programs do not see, or why they cannot be attached.
+    fn of(attached: Result<NotSeen, BpfError>) -> Self {
         match attached {
-            Ok(no_accepts) => Tracing::Works {
-                no_accepts: no_accepts.map(text),
-            },
+            Ok(not_seen) => Tracing::Works(not_seen),
             Err(error) => Tracing::Not(why(error)),
         }
     }
 }
 
 #[cfg(feature = "trace")]
-fn attach_and_detach() -> Result<Option<BpfError>, BpfError> {
+fn attach_and_detach() -> Result<NotSeen, BpfError> {
     crate::bpf::tracer::Tracer::attach().map(crate::bpf::tracer::Tracer::detach)
 }
 
 #[cfg(not(feature = "trace"))]
-fn attach_and_detach() -> Result<Option<BpfError>, BpfError> {
-    Ok(None)
-}
-
-fn text(error: BpfError) -> String {
-    format!("{:#}", anyhow::Error::from(error))
+fn attach_and_detach() -> Result<NotSeen, BpfError> {
+    Ok(NotSeen::default())
 }
 
 /// The error with what would help.
@@ -67,26 +58,16 @@ fn why(error: BpfError) -> String {
         (BpfError::Refused(..), Errno::EPERM) => {
             "; it needs CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN, of the first user namespace"
         }
-        (BpfError::Types(BtfError::NotHere(_)), _) => "; it needs Linux 6.3",
+        (BpfError::Types(BtfError::NotHere(_)), _) => "; it needs Linux 5.15",
         _ => "",
     };
-    text(error) + help
+    format!("{:#}{help}", anyhow::Error::from(error))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io;
-
-    #[test]
-    fn what_works_says_whether_accepts_are_seen() {
-        assert_eq!(Tracing::of(Ok(None)), Tracing::Works { no_accepts: None });
-        let refused = BpfError::Refused("to attach a program", io::Error::from_raw_os_error(524));
-        let Tracing::Works { no_accepts } = Tracing::of(Ok(Some(refused))) else {
-            panic!("it works");
-        };
-        assert!(no_accepts.unwrap().contains("refuses to attach a program"));
-    }
 
     #[test]
     fn a_refusal_names_what_would_help() {
@@ -97,15 +78,14 @@ mod tests {
         let eperm = || io::Error::from_raw_os_error(libc::EPERM);
         let refused = why(BpfError::Refused("to load a program", eperm()));
         assert!(refused.contains("CAP_PERFMON"), "{refused}");
-        // Before Linux 6.3.
-        let old = BtfError::NotHere("tracepoint sock_recv_length".into());
+        let old = BtfError::NotHere("function bpf_task_pt_regs".into());
         let old = why(old.into());
         assert!(
-            old.ends_with("sock_recv_length; it needs Linux 6.3"),
+            old.ends_with("bpf_task_pt_regs; it needs Linux 5.15"),
             "{old}"
         );
         let unreadable = why(BtfError::Unreadable(io::ErrorKind::NotFound.into()).into());
         assert!(unreadable.contains("CONFIG_DEBUG_INFO_BTF"), "{unreadable}");
-        assert!(!unreadable.contains("6.3"), "{unreadable}");
+        assert!(!unreadable.contains("5.15"), "{unreadable}");
     }
 }

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use caps::Capability;
 use serde::Serialize;
 
+use crate::bpf::NotSeen;
 use crate::conntrack::EventsSent;
 use crate::doctor::Examination;
 use crate::doctor::advice::Advice;
@@ -536,18 +537,20 @@ fn events_check(sent: EventsSent) -> CheckLine {
 /// Whether `cwkill trace` works.
 fn trace_check(tracing: &Tracing) -> CheckLine {
     let (ok, detail) = match tracing {
-        Tracing::Works { no_accepts: None } => (
-            Some(true),
-            "the line of code that leaks is found, and who accepted the connection".to_owned(),
-        ),
-        Tracing::Works {
-            no_accepts: Some(why),
-        } => (
-            Some(true),
-            format!(
-                "the line of code that leaks is found, but not who accepted the connection: {why}"
-            ),
-        ),
+        Tracing::Works(NotSeen { reads, accepts }) => {
+            let found = "the line of code that leaks is found";
+            let detail = match (reads, accepts) {
+                (None, None) => format!("{found}, and who accepted the connection"),
+                (None, Some(why)) => format!("{found}, but not who accepted the connection: {why}"),
+                (Some(why), None) => format!(
+                    "it is found who opened the connection, but not the line of code that read the end: {why}"
+                ),
+                (Some(why), Some(_)) => format!(
+                    "it is found who connected, but neither who accepted nor the line of code that read the end: {why}"
+                ),
+            };
+            (Some(true), detail)
+        }
         Tracing::Not(why) => (Some(false), why.clone()),
         Tracing::NotBuilt => (
             None,
@@ -582,6 +585,33 @@ fn names_check(counts: &ContainerNames) -> CheckLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trace_works_without_what_it_cannot_see() {
+        let detail = |reads: Option<&str>, accepts: Option<&str>| {
+            let not_seen = NotSeen {
+                reads: reads.map(str::to_owned),
+                accepts: accepts.map(str::to_owned),
+            };
+            let line = trace_check(&Tracing::Works(not_seen));
+            assert_eq!(line.ok, Some(true));
+            line.detail
+        };
+        let line = "the line of code that leaks is found";
+        assert_eq!(
+            detail(None, None),
+            format!("{line}, and who accepted the connection")
+        );
+        assert_eq!(
+            detail(None, Some("why")),
+            format!("{line}, but not who accepted the connection: why")
+        );
+        for accepts in [None, Some("why")] {
+            let detail = detail(Some("because"), accepts);
+            assert!(!detail.contains(line), "{detail}");
+            assert!(detail.ends_with("the end: because"), "{detail}");
+        }
+    }
 
     #[test]
     fn only_without_events_a_watch_hears_nothing() {

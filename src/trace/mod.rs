@@ -15,8 +15,8 @@ pub mod worker;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use crate::bpf::BpfError;
 use crate::bpf::tracer::{Counts, Life, Tracer};
+use crate::bpf::{BpfError, NotSeen};
 use crate::control::Control;
 use crate::model::Scan;
 use crate::sys::monotonic;
@@ -56,8 +56,7 @@ pub struct Trace {
     /// CLOCK_MONOTONIC. What became stuck later does not count.
     pub ended: Duration,
     pub lasted: Duration,
-    /// Why accepted connections were not seen, if they were not.
-    pub no_accepts: Option<String>,
+    pub not_seen: NotSeen,
 }
 
 impl Watch {
@@ -120,8 +119,7 @@ impl Watch {
         let lives = self.tracer.lives()?;
         let counts = self.tracer.counts();
         let lasted = self.ended.saturating_sub(self.begun);
-        let no_accepts = self.tracer.detach();
-        let no_accepts = no_accepts.map(|error| format!("{:#}", anyhow::Error::new(error)));
+        let not_seen = self.tracer.detach();
         self.symbols.finish();
         Ok(Trace {
             symbols: self.symbols,
@@ -130,7 +128,7 @@ impl Watch {
             counts,
             ended: self.ended,
             lasted,
-            no_accepts,
+            not_seen,
         })
     }
 }

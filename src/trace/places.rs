@@ -23,7 +23,8 @@ pub struct Places<'a> {
     pub new: usize,
     /// Those of `new` whose end was read.
     pub read: usize,
-    /// Those of `new` whose end was read, and of which no stack was taken, or none could be read.
+    /// Those of `new` whose end was read, and of which no stack was taken, or none could be read. Where reads are not seen, a stack is one of
+    /// the call that opened the connection.
     pub unknown: usize,
     /// The sockets that were stuck before, so that their place cannot be known.
     pub before: usize,
@@ -31,19 +32,29 @@ pub struct Places<'a> {
     pub problems: Vec<(Traced, Option<Arc<Process>>, Problem)>,
 }
 
-/// A place in the code that reads the end of streams and leaves their sockets open; or one that opens connections whose end nobody reads.
+/// A place in the code that reads the end of streams and leaves their sockets open; or one that opens connections whose end nobody reads,
+/// or whose reads were not seen.
 #[derive(Debug)]
 pub struct Place<'a> {
     /// The processes that run this code, each as an owner if it owns one of the sockets.
     pub processes: BTreeMap<Traced, Option<Arc<Process>>>,
-    /// Where the end was read; `None` if nobody has read it.
-    pub read: Option<&'a Stack>,
+    pub end: End<'a>,
     /// How and where one of the connections was opened, if that was seen.
     pub opened: Option<(Opened, &'a Stack)>,
     /// The sockets, the oldest first.
     pub sockets: Vec<Stuck<'a>>,
     /// Its part of all sockets that became stuck, from 0 to 1. Where not each read was sampled, a socket stands for several.
     pub share: f64,
+}
+
+/// The end of the streams of a place.
+#[derive(Clone, Copy, Debug)]
+pub enum End<'a> {
+    /// It was read here.
+    ReadAt(&'a Stack),
+    /// It was read, but where was not seen.
+    Read,
+    NotRead,
 }
 
 /// A socket of a place.
@@ -93,7 +104,8 @@ impl Places<'_> {
 
     /// The sockets of `new` whose end nobody has read.
     pub fn end_not_read(&self) -> usize {
-        let places = self.places.iter().filter(|place| place.read.is_none());
+        let places = self.places.iter();
+        let places = places.filter(|place| matches!(place.end, End::NotRead));
         let with_place: usize = places.map(|place| place.sockets.len()).sum();
         let without: usize = self.unread.iter().map(|unread| unread.count).sum();
         with_place + without
@@ -149,7 +161,11 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
         // The FIN counts as a byte that is not read.
         let reads = target.socket.recv_q == 0;
         found.read += usize::from(reads);
-        let decisive = if reads { read } else { opened };
+        let reads_are_seen = trace.not_seen.reads.is_none();
+        let decisive = match reads && reads_are_seen {
+            true => read,
+            false => opened,
+        };
         let Some((traced, decisive)) = decisive else {
             if reads {
                 found.unknown += 1;
@@ -181,7 +197,11 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
         if at == next {
             found.places.push(Place {
                 processes: BTreeMap::new(),
-                read: reads.then_some(decisive),
+                end: match reads {
+                    true if reads_are_seen => End::ReadAt(decisive),
+                    true => End::Read,
+                    false => End::NotRead,
+                },
                 opened: None,
                 sockets: Vec::new(),
                 share: 0.0,
@@ -218,20 +238,21 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
     found
 }
 
-/// The sockets whose end was read are shared out by the weights of the samples, since not each may have been sampled; the others one by one.
+/// The sockets with a stack of the read are shared out by the weights of the samples, since not each may have been sampled; the others one by one.
 #[expect(
     clippy::cast_precision_loss,
     reason = "numbers of sockets are far below 2^52"
 )]
 fn set_shares(found: &mut Places<'_>) {
     let weight = |place: &Place<'_>| -> u64 { place.sockets.iter().map(|it| it.weight).sum() };
-    let places = found.places.iter().filter(|place| place.read.is_some());
+    let places = found.places.iter();
+    let places = places.filter(|place| matches!(place.end, End::ReadAt(_)));
     let all_weights = places.map(weight).sum::<u64>().max(1) as f64;
     let (new, read) = (found.new.max(1) as f64, found.read as f64);
     for place in &mut found.places {
-        place.share = match place.read {
-            Some(_) => weight(place) as f64 / all_weights * read / new,
-            None => place.sockets.len() as f64 / new,
+        place.share = match place.end {
+            End::ReadAt(_) => weight(place) as f64 / all_weights * read / new,
+            End::Read | End::NotRead => place.sockets.len() as f64 / new,
         };
     }
 }

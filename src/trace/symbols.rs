@@ -206,6 +206,21 @@ impl Symbols {
             .retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
 
+    /// As if a reader had answered that a socket was opened with this stack, or that its end was read with it.
+    #[cfg(test)]
+    pub fn answered(&mut self, process: Traced, cookie: u64, opens: bool, stack: Stack) {
+        let answer = Answer {
+            number: Some(0),
+            stack: Some(stack),
+        };
+        self.note(Report::Stack {
+            reader: (process, 0),
+            cookie,
+            opens,
+            answer,
+        });
+    }
+
     /// Waits for the last answers, but not for long.
     pub fn finish(&mut self) {
         for reader in self.readers.values_mut() {

@@ -10,10 +10,11 @@
 mod programs;
 mod slots;
 
+use std::fs::File;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::BpfError;
+use super::{BpfError, NotSeen};
 use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint};
 use slots::{OPENED, READS, SLOT, Slots};
 pub use slots::{Sample, Traced};
@@ -22,10 +23,11 @@ pub use slots::{Sample, Traced};
 #[derive(Debug)]
 pub struct Tracer {
     _attached: Vec<Tracepoint>,
-    iterator: Iterator,
+    /// Begun before privileges are dropped: until Linux 5.19 that takes CAP_BPF.
+    lives: File,
     slots: Slots,
     counters: Shared,
-    no_accepts: Option<BpfError>,
+    not_seen: NotSeen,
 }
 
 /// The maps that the programs use.
@@ -94,12 +96,14 @@ const OPENED_MASK: usize = 4;
 const CLOSED_MASK: usize = 5;
 const COUNTERS: usize = 6;
 
-const NAMES: [Name; 11] = [
+const NAMES: [Name; 13] = [
     Name::Tracepoint("inet_sock_set_state"),
     Name::Tracepoint("sock_recv_length"),
     Name::Function("bpf_iter_bpf_sk_storage_map"),
     Name::Function("bpf_lsm_sock_graft"),
     Name::Function("inet_csk_accept"),
+    Name::Function("tcp_recvmsg"),
+    Name::Function("bpf_task_pt_regs"),
     Name::Struct("bpf_iter__bpf_sk_storage_map"),
     Name::Struct("bpf_iter_meta"),
     Name::Struct("sock"),
@@ -112,48 +116,48 @@ impl Tracer {
     /// Loads the programs and attaches them. It needs CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN; nothing else here does.
     ///
     /// # Errors
-    /// The kernel lacks something that the programs need (Linux 6.3), or refuses them. That a kernel cannot tell of accepted connections is
-    /// no error: see [`Tracer::detach`].
+    /// The kernel lacks something that the programs need (Linux 5.15), or refuses them. That a kernel cannot tell of reads or of accepted
+    /// connections is no error: see [`Tracer::detach`].
     pub fn attach() -> Result<Self, BpfError> {
         let btf = &Btf::of_kernel(&NAMES)?;
         // What an old kernel lacks comes before the maps, whose memory it counts as locked (until Linux 5.11): EPERM would mislead.
-        btf.tracepoint("sock_recv_length")?;
+        if btf.tracepoint("sock_recv_length").is_err() {
+            // The youngest of the helpers.
+            btf.function("bpf_task_pt_regs")?;
+        }
         let maps = Maps {
             lives: SocketStorage::new()?,
             slots: Shared::groups(READS + OPENED, SLOT)?,
             counters: Shared::groups(1, COUNTERS)?,
         };
         let (program, target) = programs::report(btf)?;
-        let iterator = Iterator::load_over("cwkill_lives", &program, target, &maps.lives)?;
+        let lives = Iterator::load_over("cwkill_lives", &program, target, &maps.lives)?;
         let (program, target) = programs::set_state(btf, &maps)?;
         let hook = Hook::Tracepoint(target);
-        let state = Tracepoint::attach("cwkill_state", &program, hook)?;
-        let (program, target) = programs::read_end(btf, &maps)?;
-        let hook = Hook::Tracepoint(target);
-        let read = Tracepoint::attach("cwkill_end", &program, hook)?;
-        let mut attached = vec![state, read];
-        let no_accepts = match attach_accept(btf, &maps) {
-            Ok(link) => {
-                attached.push(link);
-                None
-            }
-            Err(error) => Some(error),
+        let mut attached = vec![Tracepoint::attach("cwkill_state", &program, hook)?];
+        let mut keep = |attempt: Result<Tracepoint, BpfError>| {
+            let failed = attempt.map(|link| attached.push(link)).err();
+            failed.map(|error| format!("{:#}", anyhow::Error::new(error)))
+        };
+        let not_seen = NotSeen {
+            reads: keep(attach_read(btf, &maps)),
+            accepts: keep(attach_accept(btf, &maps)),
         };
         let Maps {
             slots, counters, ..
         } = maps;
         Ok(Tracer {
             _attached: attached,
-            iterator,
+            lives: lives.begin()?.into(),
             slots: Slots::new(slots),
             counters,
-            no_accepts,
+            not_seen,
         })
     }
 
-    /// Detaches the programs. Returns why accepted connections were not seen, if they were not.
-    pub fn detach(self) -> Option<BpfError> {
-        self.no_accepts
+    /// Detaches the programs. Returns what they have not seen.
+    pub fn detach(self) -> NotSeen {
+        self.not_seen
     }
 
     /// Empties the slots: those of reads that are `age` old, and those of connections that were opened, however old they are.
@@ -186,18 +190,31 @@ impl Tracer {
         }
     }
 
-    /// What is known of the sockets that are in CLOSE-WAIT now, in every network namespace.
+    /// What is known of the sockets that are in CLOSE-WAIT now, in every network namespace. Call it once.
     ///
     /// # Errors
-    /// [`BpfError::Refused`], [`BpfError::Read`].
+    /// [`BpfError::Read`].
     pub fn lives(&self) -> Result<Vec<Life>, BpfError> {
         let mut lives = Vec::new();
-        self.iterator.run(|records| {
+        Iterator::read(&self.lives, |records| {
             lives.extend(records.iter().map(parse));
             true
         })?;
         Ok(lives)
     }
+}
+
+/// Attaches the program for reads of the end: at a tracepoint (Linux 6.3), or at the return of a function. The error is that of the latter.
+fn attach_read(btf: &Btf, maps: &Maps) -> Result<Tracepoint, BpfError> {
+    const PROGRAM: &str = "cwkill_end";
+    let by_tracepoint = || {
+        let (program, target) = programs::read_end(btf, maps)?;
+        Tracepoint::attach(PROGRAM, &program, Hook::Tracepoint(target))
+    };
+    by_tracepoint().or_else(|_: BpfError| {
+        let (program, target) = programs::read_return(btf, maps)?;
+        Tracepoint::attach(PROGRAM, &program, Hook::Return(target))
+    })
 }
 
 /// Attaches the program for accepted connections: at the hook of security modules, if the kernel runs the LSM `bpf`, or at the return of a

@@ -161,15 +161,33 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
 
 /// The tracepoint sock_recv_length(sk, ret, flags): the thread that reads the end.
 pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
-    let fields = Fields::new(btf)?;
     let target = btf.tracepoint("sock_recv_length")?;
+    let mut asm = Asm::default();
+    asm.load_at(R2, R1, at(1), Size::U64);
+    Ok((end_is_read(asm, btf, maps)?, target))
+}
+
+/// The return of tcp_recvmsg(sk, ...), of IPv4 and IPv6: the same.
+pub(super) fn read_return(btf: &Btf, maps: &Maps) -> Program {
+    let target = btf.function("tcp_recvmsg")?;
+    // What it returns comes after its parameters, whose number depends on the kernel.
+    let returned = btf.parameters("tcp_recvmsg")?;
+    let mut asm = Asm::default();
+    // An int: nobody says what the upper half of the register holds.
+    asm.load_at(R2, R1, at(returned), Size::U64)
+        .shift_left(R2, 32);
+    Ok((end_is_read(asm, btf, maps)?, target))
+}
+
+/// `asm` has loaded into R2 how much was read.
+fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfError> {
+    let fields = Fields::new(btf)?;
     let tcp_sock = btf.structure("tcp_sock")?;
     let copied_seq = tcp_sock.number("copied_seq", Size::U32)?;
     let rcv_nxt = tcp_sock.number("rcv_nxt", Size::U32)?;
-    let mut asm = Asm::default();
     let end = asm.label();
     // if (ret) return 0;
-    asm.load_at(R2, R1, 8, Size::U64).if_not(R2, 0, end);
+    asm.if_not(R2, 0, end);
     // if (sk->sk_state != TCP_CLOSE_WAIT) return 0;
     asm.load_at(SK, R1, 0, Size::U64)
         .load(R2, SK, fields.sk_state)
@@ -208,7 +226,7 @@ pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
     asm.place(none);
     count(&mut asm, maps, NO_SLOT_COUNT);
     asm.place(end).go_on();
-    Ok((asm.finish(), target))
+    Ok(asm.finish())
 }
 
 /// The hook sock_graft(sk, parent) of security modules: the thread that accepts.

@@ -13,7 +13,7 @@ use crate::report::serialize::{
     json_absent_owners, json_time_and_place, serializer,
 };
 use crate::trace::Trace;
-use crate::trace::places::{Place, Places, Unread};
+use crate::trace::places::{End, Place, Places, Unread};
 use crate::trace::stack::{Frame, Stack};
 
 const SCHEMA_VERSION: u32 = 1;
@@ -50,7 +50,8 @@ pub fn write(
             })
             .collect(),
         not_read_by: found.unread.iter().map(unread).collect(),
-        accepts_not_seen: trace.no_accepts.as_deref(),
+        reads_not_seen: trace.not_seen.reads.as_deref(),
+        accepts_not_seen: trace.not_seen.accepts.as_deref(),
         ends_sampled: trace.counts.reads,
         ends_sampled_without_stack: trace.counts.reads_without_slot,
         connections_opened: trace.counts.opened,
@@ -88,6 +89,8 @@ struct Document<'a> {
     problems: Vec<JsonProblem<'a>>,
     /// Who has not read the end of sockets of which nothing else is known.
     not_read_by: Vec<JsonUnread<'a>>,
+    /// Why it was not seen where ends are read: the places are then where connections were opened.
+    reads_not_seen: Option<&'a str>,
     accepts_not_seen: Option<&'a str>,
     ends_sampled: u64,
     ends_sampled_without_stack: u64,
@@ -118,7 +121,8 @@ struct JsonPlace<'a> {
     /// When the first and the last of them became stuck, in RFC 3339.
     first_stuck: String,
     last_stuck: String,
-    /// Where the end was read; null if nobody has read it.
+    end_was_read: bool,
+    /// Where the end was read; null if nobody has read it, or if it was not seen where.
     read: Option<JsonStack<'a>>,
     /// How one of them was opened, `connected` or `accepted`; null if that was not seen.
     opened_how: Option<&'static str>,
@@ -188,7 +192,11 @@ fn place<'a>(place: &'a Place<'_>) -> JsonPlace<'a> {
         share: place.share,
         first_stuck: clock(first),
         last_stuck: clock(last),
-        read: place.read.map(stack),
+        end_was_read: !matches!(place.end, End::NotRead),
+        read: match place.end {
+            End::ReadAt(read) => Some(stack(read)),
+            End::Read | End::NotRead => None,
+        },
         opened_how: place.opened.map(|(how, _)| match how {
             Opened::Connected => "connected",
             Opened::Accepted => "accepted",

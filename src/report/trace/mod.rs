@@ -3,6 +3,9 @@
 pub mod json;
 pub mod text;
 
+#[cfg(test)]
+mod tests;
+
 use std::time::{Duration, SystemTime};
 
 use super::ExitStatus;
@@ -31,15 +34,25 @@ pub fn notes(trace: &Trace, scan: &Scan, found: &Places<'_>) -> Vec<String> {
         };
         notes.push(format!("{process}: {problem}"));
     }
-    if found.unknown > 0 {
+    if let Some(error) = &trace.not_seen.reads
+        && found.new > 0
+    {
+        notes.push(format!(
+            "it is not known where the ends were read, so the places are where connections were opened: {error}"
+        ));
+    }
+    let unknown = counted(found.unknown, "socket");
+    if found.unknown > 0 && trace.not_seen.reads.is_some() {
+        let were = if found.unknown == 1 { "was" } else { "were" };
+        notes.push(format!("it is not known where {unknown} {were} opened"));
+    } else if found.unknown > 0 {
         let without_slot = trace.counts.reads_without_slot;
         notes.push(format!(
-            "no stack is known of {}: while much happens only a part is sampled; {without_slot} samples had no room, and {} were not read",
-            counted(found.unknown, "socket"),
+            "no stack is known of {unknown}: while much happens only a part is sampled; {without_slot} samples had no room, and {} were not read",
             trace.symbols.missed,
         ));
     }
-    if let Some(error) = &trace.no_accepts
+    if let Some(error) = &trace.not_seen.accepts
         && found.new > 0
     {
         notes.push(format!(

@@ -13,7 +13,7 @@ use crate::report::table::place as place_of_process;
 use crate::text::{columns_of, counted, escape, seconds, wrap};
 use crate::trace::Trace;
 use crate::trace::origin::Origin;
-use crate::trace::places::{Place, Places, Stuck, Unread};
+use crate::trace::places::{self, Place, Places, Stuck, Unread};
 use crate::trace::stack::{End, Frame, Stack};
 
 /// How the report looks.
@@ -144,9 +144,11 @@ fn write_place(
         false => format!("from {first} to {last}"),
     };
     let share = percent(place.share);
-    let part = match found.unknown {
-        0 => format!("{count} of {} ({share} %)", found.new),
-        _ => format!("about {share} % ({count} with a known stack)"),
+    let part = match place.end {
+        places::End::ReadAt(_) if found.unknown > 0 => {
+            format!("about {share} % ({count} with a known stack)")
+        }
+        _ => format!("{count} of {} ({share} %)", found.new),
     };
     let head = format!("{number}. {name}: {part}, stuck {when}");
     for line in rows(&head, style) {
@@ -173,15 +175,16 @@ fn write_place(
     for line in rows(&examples, style) {
         writeln!(out, "{line}")?;
     }
-    match place.read {
-        Some(stack) => {
+    match place.end {
+        places::End::ReadAt(stack) => {
             writeln!(
                 out,
                 "   read the end here and did not close (your code is at >):"
             )?;
             write_stack(stack, style, out)?;
         }
-        None => writeln!(out, "   nobody has read the end")?,
+        places::End::Read => writeln!(out, "   the end was read; where was not seen")?,
+        places::End::NotRead => writeln!(out, "   nobody has read the end")?,
     }
     if let Some((how, stack)) = place.opened {
         let how = match how {

@@ -42,6 +42,8 @@ pub enum BpfError {
         #[source]
         error: io::Error,
     },
+    #[error("the kernel runs no program at a function while kernel.ftrace_enabled is 0")]
+    FunctionsNotTraced,
     #[error("cannot read the iterator")]
     Read(#[source] io::Error),
     #[error("cannot start the process that reads the iterator")]
@@ -52,7 +54,7 @@ impl BpfError {
     /// The errno of the system call, or that of a kernel that lacks something.
     pub fn errno(&self) -> Errno {
         match self {
-            BpfError::Types(_) => Errno::EOPNOTSUPP,
+            BpfError::Types(_) | BpfError::FunctionsNotTraced => Errno::EOPNOTSUPP,
             BpfError::Refused(_, error)
             | BpfError::Verifier { error, .. }
             | BpfError::Read(error)
@@ -188,10 +190,20 @@ impl Iterator {
     /// [`BpfError::Refused`], [`BpfError::Read`].
     pub fn run<const N: usize>(
         &self,
+        each: impl FnMut(&[[u8; N]]) -> bool,
+    ) -> Result<(), BpfError> {
+        Self::read(&self.begin()?.into(), each)
+    }
+
+    /// Reads what [`Iterator::begin`] has begun, as [`Iterator::run`] does. It can be read once.
+    ///
+    /// # Errors
+    /// [`BpfError::Read`].
+    pub fn read<const N: usize>(
+        mut begun: &File,
         mut each: impl FnMut(&[[u8; N]]) -> bool,
     ) -> Result<(), BpfError> {
-        let iterator = self.begin()?;
-        read_records(&mut File::from(iterator), &mut each).map_err(BpfError::Read)
+        read_records(&mut begun, &mut each).map_err(BpfError::Read)
     }
 
     /// A descriptor that runs the program for all objects, from the first, while it is read. As [`Iterator::run`], it is for the namespace of

@@ -40,8 +40,12 @@ impl Tracepoint {
     /// Loads a program and attaches it. `name` has at most 15 letters.
     ///
     /// # Errors
-    /// [`BpfError::Refused`], or [`BpfError::Verifier`] with what the verifier says.
+    /// [`BpfError::Refused`], or [`BpfError::Verifier`] with what the verifier says. [`BpfError::FunctionsNotTraced`]: the kernel would attach
+    /// the program and never run it.
     pub fn attach(name: &str, program: &[Insn], hook: Hook) -> Result<Self, BpfError> {
+        if !matches!(hook, Hook::Tracepoint(_)) && !functions_are_traced() {
+            return Err(BpfError::FunctionsNotTraced);
+        }
         let (kind, target) = match hook {
             Hook::Tracepoint(target) => (Kind::TRACEPOINT, target),
             Hook::Return(target) => (Kind::RETURN, target),
@@ -57,4 +61,10 @@ impl Tracepoint {
         link.map(|link| Tracepoint { _link: link })
             .map_err(|error| BpfError::Refused("to attach a program", error))
     }
+}
+
+/// A security hook is a function, too.
+fn functions_are_traced() -> bool {
+    let enabled = std::fs::read_to_string("/proc/sys/kernel/ftrace_enabled");
+    enabled.map_or(true, |enabled| enabled.trim_end() != "0")
 }
