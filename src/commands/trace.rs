@@ -16,6 +16,7 @@ use crate::control::{Control, deadline};
 use crate::filter::Scope;
 use crate::finder;
 use crate::history::History;
+use crate::kernel::KernelVersion;
 use crate::model::{Privilege, Scan};
 use crate::privileges::capabilities;
 use crate::report::{ExitStatus, trace as report};
@@ -61,6 +62,10 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     })?;
     let mut needed = capabilities::to_find(&scope.netns, true, scope.selectors.selects_owners());
     needed.extend(worker::CAPABILITIES);
+    needed.extend(capabilities::to_read_iterators(
+        KernelVersion::running(),
+        proc.forbids_bpf_to_users(),
+    ));
     // The processes that read symbols get them, too.
     hand_down_capabilities_and_start_threads(&needed, &worker::CAPABILITIES.into(), Some(&proc));
     // It shows no progress.
@@ -85,7 +90,7 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, &proc)?;
     let scan = finder::find(&namespaces, &proc, &scope.selectors, &history)?;
     say_notes(history.take_notes());
-    let trace = watch.finish().context("cannot trace")?;
+    let trace = watch.finish(&scan).context("cannot trace")?;
     terminal.release_signals();
     let found = places::find(&trace, &scan);
     let written = write_out(|out| match json {

@@ -109,14 +109,14 @@ impl Watch {
         symbols.collect();
     }
 
-    /// Detaches the programs, and waits for the last symbols. Call it after the sockets were listed: what is in the list and became stuck
-    /// during the trace is known here then.
+    /// Detaches the programs, and waits for the last symbols. `after`: the sockets, listed when it was over. What is in this list and became
+    /// stuck during the trace is known here then.
     ///
     /// # Errors
     /// What the programs have kept cannot be read.
-    pub fn finish(mut self) -> Result<Trace, BpfError> {
+    pub fn finish(mut self, after: &Scan) -> Result<Trace, BpfError> {
         self.take(Duration::ZERO, true);
-        let lives = self.tracer.lives()?;
+        let lives = self.tracer.lives(&after.namespaces)?;
         let counts = self.tracer.counts();
         let lasted = self.ended.saturating_sub(self.begun);
         let not_seen = self.tracer.detach();

@@ -10,11 +10,12 @@
 mod programs;
 mod slots;
 
-use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{BpfError, NotSeen};
+use crate::proc::netns::Netns;
 use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint};
 use slots::{OPENED, READS, SLOT, Slots};
 pub use slots::{Sample, Traced};
@@ -23,8 +24,7 @@ pub use slots::{Sample, Traced};
 #[derive(Debug)]
 pub struct Tracer {
     _attached: Vec<Tracepoint>,
-    /// Begun before privileges are dropped: until Linux 5.19 that takes CAP_BPF.
-    lives: File,
+    iterator: Iterator,
     slots: Slots,
     counters: Shared,
     not_seen: NotSeen,
@@ -96,17 +96,18 @@ const OPENED_MASK: usize = 4;
 const CLOSED_MASK: usize = 5;
 const COUNTERS: usize = 6;
 
-const NAMES: [Name; 13] = [
+const NAMES: [Name; 14] = [
     Name::Tracepoint("inet_sock_set_state"),
     Name::Tracepoint("sock_recv_length"),
-    Name::Function("bpf_iter_bpf_sk_storage_map"),
+    Name::Function("bpf_iter_tcp"),
     Name::Function("bpf_lsm_sock_graft"),
     Name::Function("inet_csk_accept"),
     Name::Function("tcp_recvmsg"),
     Name::Function("bpf_task_pt_regs"),
-    Name::Struct("bpf_iter__bpf_sk_storage_map"),
+    Name::Struct("bpf_iter__tcp"),
     Name::Struct("bpf_iter_meta"),
     Name::Struct("sock"),
+    Name::Struct("sock_common"),
     Name::Struct("tcp_sock"),
     Name::Struct("task_struct"),
     Name::Struct("pt_regs"),
@@ -130,8 +131,8 @@ impl Tracer {
             slots: Shared::groups(READS + OPENED, SLOT)?,
             counters: Shared::groups(1, COUNTERS)?,
         };
-        let (program, target) = programs::report(btf)?;
-        let lives = Iterator::load_over("cwkill_lives", &program, target, &maps.lives)?;
+        let (program, target) = programs::report(btf, &maps)?;
+        let iterator = Iterator::load("cwkill_lives", &program, target)?;
         let (program, target) = programs::set_state(btf, &maps)?;
         let hook = Hook::Tracepoint(target);
         let mut attached = vec![Tracepoint::attach("cwkill_state", &program, hook)?];
@@ -148,7 +149,7 @@ impl Tracer {
         } = maps;
         Ok(Tracer {
             _attached: attached,
-            lives: lives.begin()?.into(),
+            iterator,
             slots: Slots::new(slots),
             counters,
             not_seen,
@@ -190,16 +191,24 @@ impl Tracer {
         }
     }
 
-    /// What is known of the sockets that are in CLOSE-WAIT now, in every network namespace. Call it once.
+    /// What is known of the sockets that are in CLOSE-WAIT now in these network namespaces. Until Linux 5.19 it takes CAP_BPF.
+    ///
+    /// The sockets of each namespace are walked. An iterator over all sockets with storage would be one walk, but it lets programs write
+    /// into the storage, which some kernels forbid [measured: EPERM on a guest with Linux 6.18.44].
     ///
     /// # Errors
-    /// [`BpfError::Read`].
-    pub fn lives(&self) -> Result<Vec<Life>, BpfError> {
+    /// [`BpfError::Refused`], [`BpfError::Read`]; the latter also if a namespace cannot be entered.
+    pub fn lives(&self, namespaces: &[Arc<Netns>]) -> Result<Vec<Life>, BpfError> {
         let mut lives = Vec::new();
-        Iterator::read(&self.lives, |records| {
-            lives.extend(records.iter().map(parse));
-            true
-        })?;
+        for netns in namespaces {
+            let walk = || {
+                self.iterator.run(|records| {
+                    lives.extend(records.iter().map(parse));
+                    true
+                })
+            };
+            netns.within(walk).map_err(BpfError::Read)??;
+        }
         Ok(lives)
     }
 }

@@ -257,27 +257,26 @@ fn accepted(btf: &Btf, maps: &Maps, argument: usize) -> Result<Vec<Insn>, BtfErr
     Ok(asm.finish())
 }
 
-/// The iterator over the sockets with something in the storage: reports those in CLOSE-WAIT.
-pub(super) fn report(btf: &Btf) -> Program {
-    let target = btf.function("bpf_iter_bpf_sk_storage_map")?;
-    let ctx = btf.structure("bpf_iter__bpf_sk_storage_map")?;
-    let (ctx_meta, ctx_sk) = (ctx.pointer("meta")?, ctx.pointer("sk")?);
-    let ctx_value = ctx.any_pointer("value")?;
+/// The iterator over the TCP sockets of a network namespace: reports what belongs to those in CLOSE-WAIT.
+pub(super) fn report(btf: &Btf, maps: &Maps) -> Program {
+    let target = btf.function("bpf_iter_tcp")?;
+    let ctx = btf.structure("bpf_iter__tcp")?;
+    let (ctx_meta, ctx_sk) = (ctx.pointer("meta")?, ctx.pointer("sk_common")?);
     let meta_seq = ctx_meta.to.pointer("seq")?;
-    let sk_state = ctx_sk.to.number("__sk_common.skc_state", Size::U8)?;
+    let sk_state = ctx_sk.to.number("skc_state", Size::U8)?;
     let mut asm = Asm::default();
     let end = asm.label();
-    // if (!ctx->sk || ctx->sk->sk_state != TCP_CLOSE_WAIT) return 0;
-    asm.follow(R2, R1, &ctx_sk)
-        .if_is(R2, 0, end)
-        .load(R2, R2, sk_state)
+    // if (!ctx->sk_common || ctx->sk_common->skc_state != TCP_CLOSE_WAIT) return 0;
+    asm.copy(R9, R1)
+        .follow(SK, R9, &ctx_sk)
+        .if_is(SK, 0, end)
+        .load(R2, SK, sk_state)
         .if_not(R2, TCP_CLOSE_WAIT, end);
-    // if (!ctx->value) return 0;
-    // bpf_seq_write(ctx->meta->seq, ctx->value, 8 * LIFE);
-    asm.load(R2, R1, ctx_value)
-        .if_is(R2, 0, end)
-        .follow(R1, R1, &ctx_meta)
+    get_storage(&mut asm, maps, 0, end);
+    // bpf_seq_write(ctx->meta->seq, mine, 8 * LIFE);
+    asm.follow(R1, R9, &ctx_meta)
         .follow(R1, R1, &meta_seq)
+        .copy(R2, MINE)
         .set(R3, immediate(8 * LIFE))
         .call(Helper::SeqWrite);
     asm.place(end).go_on();

@@ -491,22 +491,6 @@ impl<'b> Struct<'b> {
         }
     }
 
-    /// The field at `path`, a pointer to anything, as a number.
-    ///
-    /// # Errors
-    /// [`BtfError::NotHere`]: there is no such pointer.
-    pub fn any_pointer(self, path: &str) -> Result<Field, BtfError> {
-        let member = self.member(path)?;
-        let (_, found) = self.btf.plain(member.type_id)?;
-        match found.kind == POINTER && !member.is_bit_field {
-            true => Ok(Field {
-                offset: self.offset(&member, path, 8)?,
-                size: Size::U64,
-            }),
-            false => Err(self.not_here(path, ", a pointer")),
-        }
-    }
-
     /// The field at `path`, an array of bytes.
     ///
     /// # Errors

@@ -82,10 +82,6 @@ struct LinkAttr {
     target_fd: u32,
     attach_type: u32,
     flags: u32,
-    /// What is iterated over, if that is not all objects of a kind.
-    iter_info: u64,
-    iter_info_len: u32,
-    padding: u32,
 }
 
 #[repr(C)]
@@ -94,8 +90,6 @@ struct IteratorAttr {
     link_fd: u32,
     flags: u32,
 }
-
-const _: () = assert!(mem::offset_of!(LinkAttr, iter_info) == 16);
 
 /// Calls bpf(2).
 ///
@@ -143,36 +137,10 @@ impl Iterator {
     /// # Errors
     /// [`BpfError::Refused`], or [`BpfError::Verifier`] with what the verifier says.
     pub fn load(name: &str, program: &[Insn], target: u32) -> Result<Self, BpfError> {
-        Self::link(name, program, target, None)
-    }
-
-    /// As [`Iterator::load`], for an iterator over the sockets that have something in this storage.
-    ///
-    /// # Errors
-    /// As [`Iterator::load`].
-    pub fn load_over<const WORDS: usize>(
-        name: &str,
-        program: &[Insn],
-        target: u32,
-        storage: &SocketStorage<WORDS>,
-    ) -> Result<Self, BpfError> {
-        Self::link(name, program, target, Some(storage.fd()))
-    }
-
-    fn link(
-        name: &str,
-        program: &[Insn],
-        target: u32,
-        map: Option<RawFd>,
-    ) -> Result<Self, BpfError> {
         let loaded = program::load(name, program, program::Kind::ITERATOR, target)?;
-        // union bpf_iter_link_info, with the map alone.
-        let map = map.map(number);
         let mut attr = LinkAttr {
             prog_fd: number(loaded.as_raw_fd()),
             attach_type: program::Kind::ITERATOR.attach_type,
-            iter_info: map.as_ref().map_or(0, |map| address(map)),
-            iter_info_len: map.map_or(0, |map| length(mem::size_of_val(&map))),
             ..LinkAttr::default()
         };
         let link = bpf_fd(LINK_CREATE, &mut attr);
@@ -190,20 +158,10 @@ impl Iterator {
     /// [`BpfError::Refused`], [`BpfError::Read`].
     pub fn run<const N: usize>(
         &self,
-        each: impl FnMut(&[[u8; N]]) -> bool,
-    ) -> Result<(), BpfError> {
-        Self::read(&self.begin()?.into(), each)
-    }
-
-    /// Reads what [`Iterator::begin`] has begun, as [`Iterator::run`] does. It can be read once.
-    ///
-    /// # Errors
-    /// [`BpfError::Read`].
-    pub fn read<const N: usize>(
-        mut begun: &File,
         mut each: impl FnMut(&[[u8; N]]) -> bool,
     ) -> Result<(), BpfError> {
-        read_records(&mut begun, &mut each).map_err(BpfError::Read)
+        let iterator = self.begin()?;
+        read_records(&mut File::from(iterator), &mut each).map_err(BpfError::Read)
     }
 
     /// A descriptor that runs the program for all objects, from the first, while it is read. As [`Iterator::run`], it is for the namespace of
