@@ -22,7 +22,9 @@ pub const TESTS: &[Test] = &[
         .needs(Need::Iterator),
     once!(a_library_that_was_cut_before_costs_its_names).needs(Need::Leaky(Leaky::C)),
     once!(a_library_that_is_cut_meanwhile_costs_its_names).needs(Need::Leaky(Leaky::C)),
-    once!(a_module_of_redis_is_named).needs(Need::Leaky(Leaky::Redis)),
+    once!(a_module_of_redis_is_named)
+        .needs(Need::Leaky(Leaky::Redis))
+        .needs(Need::DebugSymbols),
     once!(a_program_on_a_hung_mount_is_told)
         .needs(Need::Fuse)
         .slow(),
@@ -185,7 +187,8 @@ os.execv('./program', ['program', *sys.argv[2:]])
     Ok(())
 }
 
-/// A real program, as Debian ships it: without debug symbols, and with the names that its modules may call.
+/// A real program, as Debian ships it: without debug symbols, and with the names that its modules may call. Of the C library it has the debug
+/// symbols in a package.
 fn a_module_of_redis_is_named() -> Result<()> {
     let lab = Lab::new()?;
     let redis = Leaker::start(lab.app_host(), Leaky::Redis, &["6379"])?;
@@ -228,6 +231,10 @@ fn a_module_of_redis_is_named() -> Result<()> {
         let line = Leaky::Redis.line_of(comment).map(|line| line.to_string());
         assert_eq!(Some(part(frame, "line")), line, "{document:#}");
     }
+    // The C library's own code.
+    assert!(own > 0, "{document:#}");
+    assert!(part(0, "function").contains("read"), "{document:#}");
+    assert!(part(0, "file").ends_with("/read.c"), "{document:#}");
     // The callers in Redis itself.
     let names = functions(&document);
     for name in [

@@ -45,6 +45,8 @@ pub enum Need {
     Fuse,
     /// The kernel runs 32-bit programs.
     Bits32,
+    /// The debug symbols of the C library, as Debian ships them.
+    DebugSymbols,
     /// A program by its name.
     Program(&'static str),
     /// The tools of a language.
@@ -86,6 +88,10 @@ impl Need {
             Need::Iterator => (
                 *IS_ROOT && std::path::Path::new("/sys/kernel/btf/vmlinux").exists(),
                 "there is no /sys/kernel/btf/vmlinux, or only root of the machine may load programs of BPF",
+            ),
+            Need::DebugSymbols => (
+                std::path::Path::new("/usr/lib/debug/.build-id").exists(),
+                "libc6-dbg is not installed",
             ),
             Need::IoUring => (
                 reclaim::programs::has_io_uring(),
