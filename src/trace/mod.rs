@@ -113,10 +113,14 @@ impl Watch {
     /// stuck during the trace is known here then.
     ///
     /// # Errors
-    /// What the programs have kept cannot be read.
+    /// What the programs have kept cannot be read, or a namespace cannot be entered any more.
     pub fn finish(mut self, after: &Scan) -> Result<Trace, BpfError> {
         self.take(Duration::ZERO, true);
-        let lives = self.tracer.lives(&after.namespaces)?;
+        let (tracer, mut lives) = (&self.tracer, Vec::new());
+        for netns in &after.namespaces {
+            let found = netns.within(|| tracer.lives()).map_err(BpfError::Read)?;
+            lives.extend(found?);
+        }
         let counts = self.tracer.counts();
         let lasted = self.ended.saturating_sub(self.begun);
         let not_seen = self.tracer.detach();

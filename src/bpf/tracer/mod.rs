@@ -10,12 +10,10 @@
 mod programs;
 mod slots;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{BpfError, NotSeen};
-use crate::proc::netns::Netns;
 use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint};
 use slots::{OPENED, READS, SLOT, Slots};
 pub use slots::{Sample, Traced};
@@ -191,24 +189,20 @@ impl Tracer {
         }
     }
 
-    /// What is known of the sockets that are in CLOSE-WAIT now in these network namespaces. Until Linux 5.19 it takes CAP_BPF.
+    /// What is known of the sockets that are in CLOSE-WAIT now in the network namespace of the calling thread. Until Linux 5.19 it takes
+    /// CAP_BPF.
     ///
-    /// The sockets of each namespace are walked. An iterator over all sockets with storage would be one walk, but it lets programs write
+    /// The sockets of the namespace are walked. An iterator over all sockets with storage would be one walk for all, but it lets programs write
     /// into the storage, which some kernels forbid [measured: EPERM on a guest with Linux 6.18.44].
     ///
     /// # Errors
-    /// [`BpfError::Refused`], [`BpfError::Read`]; the latter also if a namespace cannot be entered.
-    pub fn lives(&self, namespaces: &[Arc<Netns>]) -> Result<Vec<Life>, BpfError> {
+    /// [`BpfError::Refused`], [`BpfError::Read`].
+    pub fn lives(&self) -> Result<Vec<Life>, BpfError> {
         let mut lives = Vec::new();
-        for netns in namespaces {
-            let walk = || {
-                self.iterator.run(|records| {
-                    lives.extend(records.iter().map(parse));
-                    true
-                })
-            };
-            netns.within(walk).map_err(BpfError::Read)??;
-        }
+        self.iterator.run(|records| {
+            lives.extend(records.iter().map(parse));
+            true
+        })?;
         Ok(lives)
     }
 }
