@@ -546,7 +546,7 @@ fn read_cgroup(process: BorrowedFd<'_>) -> io::Result<Cgroup> {
 }
 
 /// Keeps the errno of a failed read of `stat`: ESRCH if the process has exited.
-pub(crate) fn stat_error(error: procfs::ProcError) -> io::Error {
+fn stat_error(error: procfs::ProcError) -> io::Error {
     match error {
         procfs::ProcError::Io(error, _) => error,
         procfs::ProcError::NotFound(_) => io::Error::from_raw_os_error(libc::ESRCH),

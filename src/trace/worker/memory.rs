@@ -5,8 +5,6 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use procfs::process::{MMPermissions, MMapPath, MemoryMap};
-
 use crate::trace::origin::Runtime;
 
 /// A part of the memory that has code.
@@ -34,7 +32,7 @@ pub enum CodeSource {
 pub struct Mapped {
     /// Its name, as the process sees it, without the mark of a deleted file.
     pub name: String,
-    device: (i32, i32),
+    device: String,
     inode: u64,
 }
 
@@ -52,11 +50,14 @@ impl Memory {
     /// # Errors
     /// ENOENT, ESRCH: no such process. EACCES, EPERM: /proc/PID/maps needs the same rights as ptrace(2).
     pub fn read(pid: i32) -> io::Result<Self> {
-        let maps = procfs::process::Process::new(pid)
-            .and_then(|process| process.maps())
-            .map_err(crate::proc::stat_error)?;
-        let code = maps.into_iter().filter_map(code).collect();
-        Ok(Memory { pid, code })
+        Ok(Self::parse(pid, &fs::read(format!("/proc/{pid}/maps"))?))
+    }
+
+    /// A line that is not understood is left out. The name of a file may have any bytes.
+    pub fn parse(pid: i32, maps: &[u8]) -> Self {
+        let maps = String::from_utf8_lossy(maps);
+        let code = maps.split('\n').filter_map(code).collect();
+        Memory { pid, code }
     }
 
     /// The code at this address.
@@ -122,26 +123,30 @@ pub fn open(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-fn code(map: MemoryMap) -> Option<Code> {
-    if !map.perms.contains(MMPermissions::EXECUTE) {
+/// The code of a line of /proc/PID/maps, if it has code. Source: proc_pid_maps(5).
+fn code(line: &str) -> Option<Code> {
+    let mut words = line.splitn(6, ' ');
+    let (start, end) = words.next()?.split_once('-')?;
+    if !words.next()?.contains('x') {
         return None;
     }
-    let from = match map.pathname {
-        MMapPath::Path(path) => {
-            let name = path.to_string_lossy();
-            CodeSource::File(Mapped {
-                name: name.strip_suffix(DELETED).unwrap_or(&name).to_owned(),
-                device: map.dev,
-                inode: map.inode,
-            })
-        }
-        MMapPath::Vdso => CodeSource::Vdso,
+    let hex = |word| u64::from_str_radix(word, 16).ok();
+    let offset = hex(words.next()?)?;
+    let device = words.next()?;
+    let inode = words.next()?.parse().ok()?;
+    let from = match words.next()?.trim_start_matches(' ') {
+        name if name.starts_with('/') => CodeSource::File(Mapped {
+            name: name.strip_suffix(DELETED).unwrap_or(name).to_owned(),
+            device: device.to_owned(),
+            inode,
+        }),
+        "[vdso]" => CodeSource::Vdso,
         _ => CodeSource::RunTime,
     };
     Some(Code {
-        start: map.address.0,
-        end: map.address.1,
-        offset: map.offset,
+        start: hex(start)?,
+        end: hex(end)?,
+        offset,
         from,
     })
 }
@@ -182,6 +187,44 @@ mod tests {
         assert_eq!(memory.at(0), None);
         assert!(memory.has_all_files_of(&Memory::read(pid).unwrap()));
         assert!(!Memory::default().has_all_files_of(&memory));
+    }
+
+    #[test]
+    fn only_lines_with_code_are_kept() {
+        let maps = b"1000-3000 r--p 00000000 fe:01 7   /srv/app
+3000-5000 r-xp 00002000 fe:01 7                          /srv/app
+5000-6000 rwxp 00000000 00:00 0 \n6000-7000 r-xp 00000000 00:00 0   [vdso]
+7000-8000 r-xp 0000
+8000-9000 r-xp 00001000 00:1f 99   /srv/a b \xe9.so (deleted)
+9000-a000 r-xp 00000000 00:1f 98   /SYSV
+";
+        let file = |name: &str, device: &str, inode| {
+            CodeSource::File(Mapped {
+                name: name.into(),
+                device: device.into(),
+                inode,
+            })
+        };
+        let code = [
+            (0x3000, 0x5000, 0x2000, file("/srv/app", "fe:01", 7)),
+            (0x5000, 0x6000, 0, CodeSource::RunTime),
+            (0x6000, 0x7000, 0, CodeSource::Vdso),
+            (
+                0x8000,
+                0x9000,
+                0x1000,
+                file("/srv/a b \u{fffd}.so", "00:1f", 99),
+            ),
+            // Not a part of memory that processes share (shmget(2)), though its name begins like one's.
+            (0x9000, 0xa000, 0, file("/SYSV", "00:1f", 98)),
+        ];
+        let code = code.map(|(start, end, offset, from)| Code {
+            start,
+            end,
+            offset,
+            from,
+        });
+        assert_eq!(Memory::parse(1, maps).code, code);
     }
 
     #[test]
