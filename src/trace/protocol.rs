@@ -2,8 +2,9 @@
 //! end of the questions the last words.
 
 use std::collections::BTreeSet;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::problem::Problem;
@@ -41,6 +42,8 @@ pub struct LastWords {
     pub problems: BTreeSet<Problem>,
 }
 
+/// The longest answer in bytes.
+const MAX_LINE: u64 = 4 << 20;
 /// The numbers before the stack.
 const HEAD: usize = 6;
 
@@ -96,6 +99,13 @@ pub fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()
     line.push(b'\n');
     out.write_all(&line)?;
     out.flush()
+}
+
+/// Reads an answer, or the last words. `None` at the end, and for a line that is too long or is none of the reader's.
+pub fn read_line<T: DeserializeOwned>(input: &mut impl BufRead) -> Option<T> {
+    let mut line = Vec::new();
+    input.take(MAX_LINE).read_until(b'\n', &mut line).ok()?;
+    serde_json::from_slice(&line).ok()
 }
 
 #[cfg(test)]

@@ -52,6 +52,16 @@ impl End {
 }
 
 impl Stack {
+    /// What it takes in memory.
+    pub fn bytes(&self) -> usize {
+        let bytes = |frame: &Frame| {
+            let names = [&frame.function, &frame.file, &frame.module];
+            let names = names.into_iter().flatten().map(String::len);
+            size_of::<Frame>() + names.sum::<usize>()
+        };
+        self.frames.iter().map(bytes).sum()
+    }
+
     /// The first frame of the program's own.
     pub fn first_own(&self) -> Option<usize> {
         let mut frames = self.frames.iter();

@@ -3,17 +3,15 @@
 //! A thread for each asks and waits, so that one that hangs holds nobody up. What a process does not answer in time is not known.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use serde::de::DeserializeOwned;
-
 use super::problem::Problem;
-use super::protocol::{Answer, LastWords, Question};
+use super::protocol::{Answer, LastWords, Question, read_line};
 use super::stack::Stack;
 use crate::bpf::tracer::{Sample, Traced};
 
@@ -31,10 +29,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MAX_PLACES: usize = 1 << 20;
 /// Connections that were opened, of these. The oldest ones are forgotten.
 const MAX_OPENED: usize = 1 << 17;
+/// Bytes of stacks of all processes. A stack has some kilobytes, or megabytes if a hostile file gives it names. Further ones are not known.
+const MAX_BYTES: usize = 256 << 20;
 /// Processes, and those without a reader, that are remembered.
 const MAX_REMEMBERED: usize = 4096;
-/// The longest answer in bytes.
-const MAX_ANSWER: u64 = 4 << 20;
 /// How long the last samples may wait for a reader.
 const LAST_WAIT: Duration = Duration::from_secs(2);
 
@@ -45,8 +43,9 @@ pub const COMMAND: &str = "trace-symbols";
 #[derive(Debug, Default)]
 pub struct Stacks {
     /// By their numbers.
-    pub stacks: HashMap<usize, Stack>,
-    pub problems: BTreeSet<Problem>,
+    stacks: HashMap<usize, Stack>,
+    problems: BTreeSet<Problem>,
+    bytes: usize,
 }
 
 /// Where a socket was opened or its end was read: a stack of a process, by its number.
@@ -69,6 +68,8 @@ pub struct Symbols {
     refused: HashMap<Traced, Problem>,
     /// The number of readers that were started.
     started: u64,
+    /// Of the stacks of all processes.
+    bytes: usize,
     /// Readers that have ended, or will.
     ended: Vec<Child>,
     /// By the cookie, and whether it was opened there.
@@ -86,6 +87,8 @@ struct Reader {
     child: Child,
     last_asked: Instant,
     serial: u64,
+    /// The sample at which the one before it broke off: the cookie, and whether it opens.
+    broke_off_at: Option<(u64, bool)>,
 }
 
 /// What a reader's thread reports.
@@ -96,6 +99,12 @@ enum Report {
         cookie: u64,
         opens: bool,
         answer: Answer,
+    },
+    /// The reader broke off at this sample. Those after it wait still.
+    BrokeOff {
+        reader: (Traced, u64),
+        sample: Sample,
+        waiting: Receiver<Sample>,
     },
     /// The reader has no more to say. `None`: it broke off.
     End {
@@ -117,10 +126,18 @@ impl Symbols {
                 self.make_room();
                 return self.refuse(process, Problem::TooManyProcesses);
             }
-            match self.start(process) {
-                Ok(reader) => drop(self.readers.insert(process, reader)),
-                Err(_) => return self.refuse(process, Problem::NotStarted),
-            }
+            let (questions, waiting) = sync_channel(MAX_WAITING);
+            let Ok((child, serial)) = self.start(process, None, waiting) else {
+                return self.refuse(process, Problem::NotStarted);
+            };
+            let reader = Reader {
+                questions: Some(questions),
+                child,
+                last_asked: Instant::now(),
+                serial,
+                broke_off_at: None,
+            };
+            self.readers.insert(process, reader);
         }
         let Some(reader) = self.readers.get_mut(&process) else {
             return;
@@ -165,7 +182,13 @@ impl Symbols {
         }
     }
 
-    fn start(&mut self, process: Traced) -> io::Result<Reader> {
+    /// Starts a reader that is asked about `first` and about what waits, and returns it with its serial number.
+    fn start(
+        &mut self,
+        process: Traced,
+        first: Option<Sample>,
+        waiting: Receiver<Sample>,
+    ) -> io::Result<(Child, u64)> {
         let pid = process.pid;
         self.started += 1;
         let serial = self.started;
@@ -182,19 +205,22 @@ impl Symbols {
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
-        let (questions, waiting) = sync_channel(MAX_WAITING);
-        let ask = move || ask_all((process, serial), &waiting, input, output, &reports);
+        let ask = move || {
+            let _ = reports.send(ask_all(
+                (process, serial),
+                first,
+                waiting,
+                input,
+                output,
+                &reports,
+            ));
+        };
         let thread = Builder::new().name(format!("symbols-{pid}")).spawn(ask);
         if let Err(error) = thread {
             end(&mut child);
             return Err(error);
         }
-        Ok(Reader {
-            questions: Some(questions),
-            child,
-            last_asked: Instant::now(),
-            serial,
-        })
+        Ok((child, serial))
     }
 
     /// Takes the answers that have come. Does not wait.
@@ -256,7 +282,7 @@ impl Symbols {
                 answer,
             } => {
                 let number = answer.number;
-                self.processes.entry(reader).or_default().note(answer);
+                self.keep(reader, answer);
                 match number {
                     Some(number) if self.places.len() < MAX_PLACES => {
                         let id = StackId {
@@ -277,21 +303,53 @@ impl Symbols {
                     self.places.remove(&(oldest, true));
                 }
             }
-            Report::End { reader, last } => {
-                let stacks = self.processes.entry(reader).or_default();
-                match last {
-                    Some(last) => {
-                        last.again.into_iter().for_each(|it| stacks.note(it));
-                        stacks.problems.extend(last.problems);
-                    }
-                    None => drop(stacks.problems.insert(Problem::Damaged)),
+            Report::BrokeOff {
+                reader,
+                sample,
+                waiting,
+            } => {
+                // Perhaps the kernel was short of memory. At the second time the sample is to blame.
+                let at = Some((sample.cookie, sample.opens));
+                let known = self.readers.get(&reader.0);
+                if known.is_none_or(|it| it.broke_off_at == at) {
+                    self.missed += 1 + waiting.try_iter().count();
+                } else if let Ok((child, serial)) = self.start(reader.0, Some(sample), waiting)
+                    && let Some(now) = self.readers.get_mut(&reader.0)
+                {
+                    (now.serial, now.broke_off_at) = (serial, at);
+                    self.ended.push(std::mem::replace(&mut now.child, child));
+                    return;
                 }
-                if let Some(mut reader) = self.readers.remove(&reader.0) {
-                    end(&mut reader.child);
-                    self.ended.push(reader.child);
-                }
-                self.forget_unused();
+                self.note_end(reader, None);
             }
+            Report::End { reader, last } => self.note_end(reader, last),
+        }
+    }
+
+    fn note_end(&mut self, reader: (Traced, u64), last: Option<LastWords>) {
+        let last = last.unwrap_or_else(|| LastWords {
+            problems: [Problem::Damaged].into(),
+            ..LastWords::default()
+        });
+        last.again.into_iter().for_each(|it| self.keep(reader, it));
+        let stacks = self.processes.entry(reader).or_default();
+        stacks.problems.extend(last.problems);
+        if let Some(mut reader) = self.readers.remove(&reader.0) {
+            end(&mut reader.child);
+            self.ended.push(reader.child);
+        }
+        self.forget_unused();
+    }
+
+    fn keep(&mut self, reader: (Traced, u64), answer: Answer) {
+        let stacks = self.processes.entry(reader).or_default();
+        if let (Some(number), Some(stack)) = (answer.number, answer.stack)
+            && self.bytes < MAX_BYTES
+        {
+            let bytes = stack.bytes();
+            stacks.bytes += bytes;
+            self.bytes += bytes;
+            stacks.stacks.insert(number, stack);
         }
     }
 
@@ -306,6 +364,7 @@ impl Symbols {
             let readers = &self.readers;
             self.processes
                 .retain(|key, _| used.contains(key) || readers.contains_key(&key.0));
+            self.bytes = self.processes.values().map(|stacks| stacks.bytes).sum();
         }
     }
 
@@ -345,62 +404,51 @@ impl Drop for Symbols {
     }
 }
 
-impl Stacks {
-    fn note(&mut self, answer: Answer) {
-        if let (Some(number), Some(stack)) = (answer.number, answer.stack) {
-            self.stacks.insert(number, stack);
-        }
-    }
-}
-
 /// Ends a process that reads symbols. One that waits for a file system that hangs ends when that does.
 fn end(child: &mut Child) {
     let _ = child.kill();
     let _ = child.try_wait();
 }
 
-/// Asks about each sample, and reports the answers.
+/// Asks about each sample, and reports the answers. Returns the last report.
 fn ask_all(
     reader: (Traced, u64),
-    waiting: &Receiver<Sample>,
+    first: Option<Sample>,
+    waiting: Receiver<Sample>,
     mut input: ChildStdin,
     output: ChildStdout,
     reports: &Sender<Report>,
-) {
+) -> Report {
     let mut output = BufReader::new(output);
-    for sample in waiting {
+    for sample in first.into_iter().chain(waiting.iter()) {
         let question = Question {
             ip: sample.ip,
             sp: sample.sp,
             fp: sample.fp,
             lr: sample.lr,
             is_own_call: sample.is_own_call,
-            stack: sample.stack,
+            stack: sample.stack.clone(),
         };
-        let answer = question.write(&mut input).ok();
-        let answer = answer.and_then(|()| next_line(&mut output));
-        let Some(answer) = answer else {
-            let _ = reports.send(Report::End { reader, last: None });
-            return;
+        let written = question.write(&mut input).ok();
+        let Some(answer) = written.and_then(|()| read_line(&mut output)) else {
+            return Report::BrokeOff {
+                reader,
+                sample,
+                waiting,
+            };
         };
-        let sent = reports.send(Report::Stack {
+        let _ = reports.send(Report::Stack {
             reader,
             cookie: sample.cookie,
             opens: sample.opens,
             answer,
         });
-        if sent.is_err() {
-            return;
-        }
     }
     drop(input);
-    let last = next_line(&mut output);
-    let _ = reports.send(Report::End { reader, last });
+    let last = read_line(&mut output);
+    Report::End { reader, last }
 }
 
-/// `None` at the end, and for a line that is too long or is none of the reader's.
-fn next_line<T: DeserializeOwned>(output: &mut BufReader<ChildStdout>) -> Option<T> {
-    let mut line = Vec::new();
-    output.take(MAX_ANSWER).read_until(b'\n', &mut line).ok()?;
-    serde_json::from_slice(&line).ok()
-}
+#[cfg(test)]
+#[path = "symbols_tests.rs"]
+pub mod tests;

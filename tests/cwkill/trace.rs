@@ -1,5 +1,6 @@
 //! `cwkill trace`: the line of code that leaks.
 
+use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Stdio};
@@ -47,7 +48,7 @@ pub struct Scene {
 const SERVER: ([u8; 4], u16) = ([127, 0, 0, 1], 7000);
 
 impl Scene {
-    fn start(program: Leaky) -> Result<Self> {
+    pub fn start(program: Leaky) -> Result<Self> {
         Self::start_through(&[], program)
     }
 
@@ -90,16 +91,16 @@ impl Scene {
 
     /// The document of a trace during which `count` connections leak.
     fn leaks(&self, count: usize) -> Result<Value> {
-        self.traced(count, || self.visit(b'L', count))
+        self.traced(count, |_| self.visit(b'L', count))
     }
 
     /// The document of a trace during which `visits` leak `count` connections. While other tests close very many, not each is sampled; then
     /// it is done again.
-    fn traced(&self, count: usize, visits: impl Fn() -> Result<()>) -> Result<Value> {
+    pub fn traced(&self, count: usize, visits: impl Fn(&Tracing) -> Result<()>) -> Result<Value> {
         const TRIES: usize = 5;
         for tried in 1.. {
             let tracing = Tracing::start(&self.lab, "--port 7000 --json")?;
-            visits()?;
+            visits(&tracing)?;
             self.until_stuck(tried * count)?;
             let document = tracing.interrupted()?.json();
             if at(&document, "/place_unknown") == "0" || tried == TRIES {
@@ -140,6 +141,29 @@ impl Tracing {
 
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
+    }
+
+    /// The processes that read symbols for it.
+    pub fn readers(&self) -> Result<Vec<Pid>> {
+        let pid = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        let pids = children.split_whitespace();
+        Ok(pids
+            .map(|it| it.parse().map(Pid::from_raw))
+            .collect::<Result<_, _>>()?)
+    }
+
+    /// Waits for another process that reads symbols than these, and kills it.
+    pub fn kill_reader(&self, lab: &Lab, but: &[Pid]) -> Result<Pid> {
+        let mut found = None;
+        lab.wait_for(PATIENCE, || {
+            let readers = self.readers()?;
+            found = readers.into_iter().find(|it| !but.contains(it));
+            Ok(found.is_some())
+        })?;
+        let reader = found.context("no reader")?;
+        kill(reader, Signal::SIGKILL)?;
+        Ok(reader)
     }
 
     pub fn interrupted(self) -> Result<Ran> {
@@ -288,7 +312,7 @@ fn node_says_what_it_cannot_tell() -> Result<()> {
 
 fn a_rare_leak_among_many_connections_is_named() -> Result<()> {
     let scene = Scene::start(Leaky::C)?;
-    let document = scene.traced(5, || {
+    let document = scene.traced(5, |_| {
         for _ in 0..5 {
             scene.visit(b'G', 99)?;
             scene.visit(b'L', 1)?;
@@ -302,7 +326,7 @@ fn a_rare_leak_among_many_connections_is_named() -> Result<()> {
 
 fn two_leaks_have_their_shares() -> Result<()> {
     let scene = Scene::start(Leaky::C)?;
-    let document = scene.traced(40, || {
+    let document = scene.traced(40, |_| {
         for _ in 0..5 {
             scene.visit(b'M', 2)?;
             scene.visit(b'L', 6)?;

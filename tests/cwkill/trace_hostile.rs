@@ -8,15 +8,18 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use netns_harness::owners::leaks::Leaky;
 use nix::sys::resource::{UsageWho, getrusage};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use serde_json::Value;
 
-use crate::support::CWKILL;
+use crate::support::{CWKILL, at};
+use crate::trace::{Scene, codes};
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(an_undamaged_file_is_read).needs(Need::Program("cc")),
+    once!(a_reader_that_is_killed_is_started_again).needs(Need::Leaky(Leaky::C)),
     once!(debug_symbols_that_lead_nowhere_end).needs(Need::Program("cc")),
     once!(debug_symbols_beside_the_file_of_another_user_are_not_opened)
         .needs(Need::RootOfTheMachine),
@@ -288,6 +291,26 @@ fn an_undamaged_file_is_read() -> Result<()> {
     assert_eq!((status, lines.len()), (Some(0), 2), "{lines:?}");
     assert_eq!(functions(&lines[0])[0], "read_to_end", "{lines:?}");
     assert_eq!(lines[1]["problems"], Value::Array(Vec::new()), "{lines:?}");
+    Ok(())
+}
+
+/// For example because the kernel was short of memory.
+fn a_reader_that_is_killed_is_started_again() -> Result<()> {
+    let scene = Scene::start(Leaky::C)?;
+    let document = scene.traced(3, |tracing| {
+        scene.visit(b'L', 1)?;
+        tracing.kill_reader(&scene.lab, &[])?;
+        scene.visit(b'M', 2)
+    })?;
+    assert_eq!(at(&document, "/place_unknown"), "0", "{document:#}");
+    assert_eq!(codes(&document), [""; 0], "{document:#}");
+    for (place, count, handler) in [(0, "2", "other_handler"), (1, "1", "leaky_handler")] {
+        let place = &document["places"][place];
+        assert_eq!(at(place, "/count"), count, "{document:#}");
+        let frames = place["read"]["frames"].as_array().into_iter().flatten();
+        let mut names = frames.map(|frame| at(frame, "/function"));
+        assert!(names.any(|name| name == handler), "{document:#}");
+    }
     Ok(())
 }
 

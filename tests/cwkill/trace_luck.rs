@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::support::{FILE_BY_FUSE, PATIENCE, at};
+use crate::support::{FILE_BY_FUSE, PATIENCE, Ran, at};
 use crate::trace::{Scene, Tracing, codes};
 use crate::trial::{Need, Test, once};
 
@@ -26,6 +26,9 @@ pub const TESTS: &[Test] = &[
         .needs(Need::Leaky(Leaky::Redis))
         .needs(Need::DebugSymbols),
     once!(a_program_on_a_hung_mount_is_told)
+        .needs(Need::Fuse)
+        .slow(),
+    once!(a_reader_that_is_killed_twice_is_told)
         .needs(Need::Fuse)
         .slow(),
     once!(a_storm_is_counted_and_keeps_the_shares)
@@ -130,11 +133,9 @@ fn a_library_that_is_cut_meanwhile_costs_its_names() -> Result<()> {
     leak.scene.visit(b'L', 3)?;
     leak.scene.until_stuck(3)?;
     // The file is read, and mapped, for these.
-    let pid = tracing.child.id();
     leak.scene.lab.wait_for(PATIENCE, || {
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-        let mut children = children.split_whitespace();
-        Ok(children.any(|child| {
+        let readers = tracing.readers()?;
+        Ok(readers.iter().any(|child| {
             let maps = fs::read_to_string(format!("/proc/{child}/maps"));
             maps.is_ok_and(|maps| maps.contains("library.so"))
         }))
@@ -156,7 +157,11 @@ fn a_library_that_is_cut_meanwhile_costs_its_names() -> Result<()> {
     Ok(())
 }
 
-fn a_program_on_a_hung_mount_is_told() -> Result<()> {
+/// A trace of a server whose file is on a file system that hangs, while so many connections leak.
+fn on_a_hung_mount(
+    leaks: usize,
+    meanwhile: impl Fn(&Scene, &Tracing) -> Result<()>,
+) -> Result<Ran> {
     let script = format!(
         "{FILE_BY_FUSE}
 os.chdir(directory)
@@ -174,16 +179,36 @@ os.execv('./program', ['program', *sys.argv[2:]])
     scene.until_stuck(2)?;
     let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
     kill(server, Signal::SIGSTOP)?;
-    scene.visit(b'L', 2)?;
-    scene.until_stuck(4)?;
+    scene.visit(b'L', leaks)?;
+    scene.until_stuck(2 + leaks)?;
+    meanwhile(&scene, &tracing)?;
     let ran = tracing.interrupted()?.exits(4);
     kill(server, Signal::SIGKILL)?;
     let document = ran.json();
-    assert_eq!(at(&document, "/became_stuck"), "2", "{document:#}");
+    assert_eq!(at(&document, "/became_stuck"), leaks.to_string());
     assert_eq!(at(&document, "/stuck_before"), "2", "{document:#}");
-    assert_eq!(at(&document, "/place_unknown"), "2", "{document:#}");
-    assert_eq!(codes(&document), ["too-slow"], "{document:#}");
+    assert_eq!(at(&document, "/place_unknown"), leaks.to_string());
+    Ok(ran)
+}
+
+fn a_program_on_a_hung_mount_is_told() -> Result<()> {
+    let ran = on_a_hung_mount(2, |_, _| Ok(()))?;
+    assert_eq!(codes(&ran.json()), ["too-slow"], "{:#}", ran.json());
     ran.complains("its symbols could not be read in time");
+    Ok(())
+}
+
+/// A sample that ends it twice would end it always.
+fn a_reader_that_is_killed_twice_is_told() -> Result<()> {
+    let ran = on_a_hung_mount(1, |scene, tracing| {
+        let first = tracing.kill_reader(&scene.lab, &[])?;
+        tracing.kill_reader(&scene.lab, &[first])?;
+        scene
+            .lab
+            .wait_for(PATIENCE, || Ok(tracing.readers()?.is_empty()))
+    })?;
+    assert_eq!(codes(&ran.json()), ["damaged"], "{:#}", ran.json());
+    ran.complains("not all of its symbols could be read");
     Ok(())
 }
 

@@ -1,0 +1,170 @@
+use super::*;
+use crate::trace::origin::Origin;
+use crate::trace::stack::Frame;
+
+pub const APP: Traced = Traced {
+    pid: 7,
+    started: 1000,
+};
+
+impl Symbols {
+    /// As if the first reader of this process had answered this about a sample.
+    pub fn learn(&mut self, process: Traced, cookie: u64, opens: bool, answer: Answer) {
+        self.note(Report::Stack {
+            reader: (process, 1),
+            cookie,
+            opens,
+            answer,
+        });
+    }
+
+    /// As if a reader of this process had found it at its end.
+    pub fn learn_problem(&mut self, process: Traced, problem: Problem) {
+        let last = LastWords {
+            problems: [problem].into(),
+            ..LastWords::default()
+        };
+        self.note_end((process, 1), Some(last));
+    }
+}
+
+/// A stack of own functions, the innermost first.
+pub fn stack(functions: &[&str]) -> Stack {
+    let frame = |function: &&str| Frame {
+        function: Some(function.to_string()),
+        file: Some("app.c".into()),
+        line: Some(10),
+        module: Some("/srv/app".into()),
+        address: 0x1000,
+        inlined: false,
+        origin: Origin::Own,
+    };
+    Stack {
+        frames: functions.iter().map(frame).collect(),
+        ..Stack::default()
+    }
+}
+
+/// The answer to the first sample with this stack, or to a later one.
+pub fn answer(number: usize, stack: Option<Stack>) -> Answer {
+    Answer {
+        number: Some(number),
+        stack,
+    }
+}
+
+fn read_at(symbols: &Symbols, cookie: u64) -> Option<&Stack> {
+    symbols.stack(symbols.place(cookie, false)?)
+}
+
+#[test]
+fn a_stack_is_told_once_and_found_by_its_number() {
+    let mut symbols = Symbols::default();
+    symbols.learn(APP, 1, false, answer(0, Some(stack(&["read"]))));
+    symbols.learn(APP, 2, false, answer(0, None));
+    symbols.learn(APP, 2, true, answer(1, Some(stack(&["accept"]))));
+    assert_eq!(read_at(&symbols, 2), Some(&stack(&["read"])));
+    let opened = symbols.place(2, true).unwrap();
+    assert_eq!(symbols.stack(opened), Some(&stack(&["accept"])));
+    assert_eq!(symbols.place(1, true), None);
+    // Another process has other numbers, and so has another reader of the same one.
+    let other = Traced { pid: 8, ..APP };
+    symbols.learn(other, 3, false, answer(0, None));
+    assert_eq!(read_at(&symbols, 3), None);
+    symbols.note(Report::Stack {
+        reader: (APP, 2),
+        cookie: 4,
+        opens: false,
+        answer: answer(0, Some(stack(&["other"]))),
+    });
+    assert_eq!(read_at(&symbols, 4), Some(&stack(&["other"])));
+    assert_eq!(read_at(&symbols, 1), Some(&stack(&["read"])));
+    assert_eq!(symbols.missed, 0);
+}
+
+#[test]
+fn what_a_reader_does_not_know_is_missed() {
+    let mut symbols = Symbols::default();
+    let unknown = Answer {
+        number: None,
+        stack: None,
+    };
+    symbols.learn(APP, 1, false, unknown);
+    // A number that was never told, and a stack without a function.
+    symbols.learn(APP, 2, false, answer(5, None));
+    symbols.learn(APP, 3, false, answer(6, Some(Stack::default())));
+    assert_eq!(symbols.missed, 1);
+    assert_eq!(symbols.place(1, false), None);
+    assert_eq!(read_at(&symbols, 2), None);
+    assert_eq!(read_at(&symbols, 3), None);
+}
+
+#[test]
+fn last_words_name_stacks_again_and_say_what_is_wrong() {
+    let mut symbols = Symbols::default();
+    symbols.learn(APP, 1, false, answer(0, Some(stack(&["?"]))));
+    let last = LastWords {
+        again: vec![answer(0, Some(stack(&["Leak.run"])))],
+        problems: [Problem::Node].into(),
+    };
+    let reader = (APP, 1);
+    symbols.note(Report::End {
+        reader,
+        last: Some(last),
+    });
+    assert_eq!(read_at(&symbols, 1), Some(&stack(&["Leak.run"])));
+    symbols.note(Report::End { reader, last: None });
+    symbols.refuse(Traced { pid: 8, ..APP }, Problem::TooManyProcesses);
+    let problems = symbols.problems();
+    let problems = problems.iter().map(|(process, it)| (process.pid, *it));
+    let expected = [
+        (7, Problem::Damaged),
+        (7, Problem::Node),
+        (8, Problem::TooManyProcesses),
+    ];
+    assert!(problems.eq(expected), "{:?}", symbols.problems());
+}
+
+#[test]
+fn the_oldest_opened_connections_are_forgotten() {
+    let mut symbols = Symbols::default();
+    symbols.learn(APP, 0, false, answer(0, Some(stack(&["read"]))));
+    for cookie in 0..=MAX_OPENED as u64 {
+        symbols.learn(APP, cookie, true, answer(0, None));
+    }
+    assert_eq!(symbols.place(0, true), None);
+    assert!(symbols.place(1, true).is_some());
+    assert!(symbols.place(0, false).is_some(), "a read is kept");
+}
+
+#[test]
+fn of_many_processes_those_with_a_place_are_remembered() {
+    let mut symbols = Symbols::default();
+    symbols.learn(APP, 1, false, answer(0, Some(stack(&["read"]))));
+    for pid in 0..i32::try_from(MAX_REMEMBERED).unwrap() {
+        let reader = (Traced { pid, started: 1 }, 1);
+        let last = Some(LastWords::default());
+        symbols.note(Report::End { reader, last });
+    }
+    assert_eq!(symbols.processes.len(), 1);
+    assert_eq!(read_at(&symbols, 1), Some(&stack(&["read"])));
+}
+
+#[test]
+fn hostile_names_do_not_take_all_memory() {
+    let mut symbols = Symbols::default();
+    let name = "x".repeat(1 << 20);
+    for number in 0..300 {
+        let cookie = number as u64;
+        symbols.learn(APP, cookie, false, answer(number, Some(stack(&[&name]))));
+    }
+    assert!(symbols.bytes < MAX_BYTES + (2 << 20), "{}", symbols.bytes);
+    assert!(read_at(&symbols, 0).is_some());
+    assert!(read_at(&symbols, 299).is_none());
+    // What was forgotten makes room.
+    symbols.places.clear();
+    for pid in 0..i32::try_from(MAX_REMEMBERED).unwrap() {
+        symbols.note_end((Traced { pid, started: 1 }, 1), Some(LastWords::default()));
+    }
+    assert_eq!(symbols.bytes, 0);
+}
