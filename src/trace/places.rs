@@ -295,3 +295,7 @@ fn problems(
     problems.sort_by_key(|(traced, _, problem)| (*traced, *problem));
     problems
 }
+
+#[cfg(test)]
+#[path = "places_tests.rs"]
+mod tests;
