@@ -80,7 +80,18 @@ impl Names {
 
     /// With damaged debug symbols, the names that the file has without them are left.
     fn symbol(&self, path: &Path, in_file: u64) -> Option<Symbolized<'_>> {
-        let may_have_debug = names_no_other_place(path, self.is_in_root_of_cwkill);
+        let may_have_debug = match kind(path, self.is_in_root_of_cwkill) {
+            Kind::WithDebug => true,
+            Kind::WithoutDebug => false,
+            Kind::TooLarge => {
+                self.is_damaged.set(true);
+                false
+            }
+            Kind::Damaged => {
+                self.is_damaged.set(true);
+                return None;
+            }
+        };
         for debug_syms in [true, false]
             .into_iter()
             .filter(|debug| may_have_debug || !debug)
@@ -169,31 +180,68 @@ fn has_root_of_cwkill(pid: i32) -> bool {
     own.is_some() && root(&format!("/proc/{pid}/root/")) == own
 }
 
-/// Whether the file has its debug symbols in itself, or may tell where they are. Who makes a file that leads elsewhere could have root open any
-/// device or pipe, also by a plain name beside a file of their own. So only a file of root's may, by a plain name.
-fn names_no_other_place(path: &Path, is_in_root_of_cwkill: bool) -> bool {
+/// The most bytes that compressed sections of a file may have, of the 1 GiB that the process has.
+const MAX_INFLATED: u64 = 512 << 20;
+
+/// What is read of a file.
+enum Kind {
+    WithDebug,
+    /// Its debug symbols may be elsewhere. Who makes a file that leads elsewhere could have root open any device or pipe, also by a plain name
+    /// beside a file of their own. So only a file of root's may, by a plain name.
+    WithoutDebug,
+    /// As before, since its debug symbols would take too much memory.
+    TooLarge,
+    /// Nothing.
+    Damaged,
+}
+
+fn kind(path: &Path, is_in_root_of_cwkill: bool) -> Kind {
     use object::{Object, ObjectSection};
     use std::os::unix::fs::MetadataExt;
     let Ok(file) = super::memory::open(path) else {
-        return false;
+        return Kind::WithoutDebug;
     };
     let is_roots = file
         .metadata()
         .is_ok_and(|metadata| metadata.uid() == 0 && metadata.mode() & 0o022 == 0);
     let cache = object::read::ReadCache::new(file);
     let Ok(elf) = object::File::parse(&cache) else {
-        return false;
+        return Kind::WithoutDebug;
     };
+    // blazesym 0.2.7 asks for as much memory as a section says, and ends the process if there is not as much.
+    let mut inflated = 0_u64;
+    for section in elf.sections() {
+        let range = section.compressed_file_range();
+        match range.map(|it| (it.format, it.uncompressed_size)) {
+            Ok((object::CompressionFormat::None, _)) => {}
+            Ok((_, size)) if is_debug(section.name_bytes()) => {
+                inflated = inflated.saturating_add(size);
+            }
+            // No linker compresses others.
+            Ok(_) => return Kind::Damaged,
+            Err(_) => inflated = u64::MAX,
+        }
+    }
+    if inflated > MAX_INFLATED {
+        return Kind::TooLarge;
+    }
     let section = |name: &str| elf.section_by_name(name);
     if section(".gnu_debugaltlink").is_some() || section(".debug_sup").is_some() {
         // These are always paths.
-        return false;
+        return Kind::WithoutDebug;
     }
     match section(".gnu_debuglink").map(|section| section.data()) {
-        Some(Ok(link)) => is_roots && is_in_root_of_cwkill && is_plain_name(link),
-        Some(Err(_)) => false,
-        None => true,
+        Some(Ok(link)) if is_roots && is_in_root_of_cwkill && is_plain_name(link) => {
+            Kind::WithDebug
+        }
+        Some(_) => Kind::WithoutDebug,
+        None => Kind::WithDebug,
     }
+}
+
+/// Also by the names that compressed ones had before they had a flag.
+fn is_debug(name: Result<&[u8], object::Error>) -> bool {
+    name.is_ok_and(|name| name.starts_with(b".debug_") || name.starts_with(b".zdebug_"))
 }
 
 /// Of a section `.gnu_debuglink`: the name, a zero, and a checksum, which may have any byte.
