@@ -140,3 +140,6 @@ mod text;
 #[cfg(feature = "trace")]
 mod trace;
 mod watch;
+
+#[cfg(fuzzing)]
+pub use trace::worker::fuzzing;

@@ -3,6 +3,8 @@
 //! Files of a traced process may be damaged, huge, hostile, or on a file system that hangs. So a process of its own reads them, with
 //! little memory, little time and few rights. Whatever becomes of it, cwkill goes on without these names.
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod memory;
 mod names;
 mod perf_map;
