@@ -64,7 +64,8 @@ pub struct Bench {
     /// Instead destroy at least as many sockets as --sockets says while their owners send, and count the bytes that are lost
     #[arg(long, conflicts_with_all = ["list_only", "kill_only", "reclaim", "scenario"])]
     lost_bytes: bool,
-    /// Instead measure what `cwkill trace` costs a connection that ends, and its memory while --sockets sockets become stuck
+    /// Instead measure what `cwkill trace` costs a connection that ends, what it finds in a storm of connections, and its memory while
+    /// --sockets sockets become stuck
     #[arg(long, conflicts_with_all = ["list_only", "kill_only", "reclaim", "lost_bytes", "scenario"])]
     trace: bool,
 }

@@ -1,4 +1,5 @@
-//! What `cwkill trace` costs: processor time of each connection that ends, with and without it, and memory with many stuck sockets.
+//! What `cwkill trace` costs: processor time of each connection that ends, with and without it, and memory with many stuck sockets; and what it
+//! finds in a storm of connections.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -10,6 +11,7 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::time::TimeValLike as _;
 use nix::unistd::Pid;
+use serde_json::Value;
 
 use crate::agent::Dial;
 use crate::host::Host;
@@ -21,6 +23,12 @@ const CONNECTIONS: u32 = 20_000;
 /// Stuck sockets of a process. RLIMIT_NOFILE is 20,000 on many hosts.
 const PER_PROCESS: usize = 19_000;
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The most microseconds that a trace may add to a connection that ends.
+const MOST: f64 = 3.0;
+/// Connections of each client of the storm.
+const STORM: u32 = 50_000;
+/// One of so many leaks.
+const LEAK_OF: u32 = 32;
 
 /// Measures and prints. `sockets`: how many become stuck for the measurement of memory.
 ///
@@ -48,7 +56,10 @@ pub fn run(cwkill: &str, sockets: usize, rounds: u32) -> Result<()> {
     );
     println!("  without a trace   {:6.2}", each(off));
     println!("  during a trace    {:6.2}", each(on));
+    let more = each(on) - each(off);
+    println!("  the difference    {more:6.2} (the limit is {MOST})");
     println!("  the trace itself  {:6.2}", each(tracer));
+    storm(&lab, cwkill)?;
     memory(&lab, cwkill, sockets)
 }
 
@@ -77,6 +88,78 @@ fn used() -> Result<Duration> {
     Ok(Duration::from_micros(u64::try_from(micros)?))
 }
 
+/// Has clients, one for each processor, connect as fast as they can to servers of their own with two leaks, and prints what is found.
+fn storm(lab: &Lab, cwkill: &str) -> Result<()> {
+    let host = lab.app_host();
+    let processors = std::thread::available_parallelism()?.get();
+    let good = "G".repeat(usize::try_from(LEAK_OF)? - 1);
+    // Three of four leaks are those of one handler.
+    let pattern = ["L", "L", "L", "M"].map(|leak| format!("{leak}{good}"));
+    let pattern = pattern.concat();
+    let ports: Vec<u16> = (800..).take(processors).collect();
+    let mut servers = Vec::new();
+    for port in &ports {
+        servers.push(server(lab, *port)?);
+    }
+    let trace = Trace::start(host, cwkill)?;
+    let begun = Instant::now();
+    let mut clients = Vec::new();
+    for port in &ports {
+        let arguments = [port.to_string(), STORM.to_string(), pattern.clone()];
+        let arguments = arguments.each_ref().map(String::as_str);
+        clients.push(Leaker::start(host, Leaky::Storm, &arguments)?);
+    }
+    lab.wait_for(PATIENCE, || {
+        let ended: Result<Vec<bool>> = clients.iter_mut().map(Leaker::has_ended).collect();
+        Ok(ended?.into_iter().all(|ended| ended))
+    })?;
+    let took = begun.elapsed().as_secs_f64();
+    let used = trace.memory()?;
+    let report = trace.end()?;
+    let count = f64::from(STORM) * f64::from(u32::try_from(processors)?);
+    println!(
+        "a storm of {count} connections by {processors} clients, {:.0} a second, of which {} leak, 3 of 4 at one place:",
+        count / took,
+        count / f64::from(LEAK_OF)
+    );
+    for name in [
+        "became_stuck",
+        "closed_by_peer",
+        "ends_sampled",
+        "ends_sampled_without_stack",
+        "samples_missed",
+        "place_unknown",
+    ] {
+        println!("  {name} {}", report[name]);
+    }
+    say_places(&report);
+    println!("  {used}");
+    Ok(())
+}
+
+/// A server that leaks, when it listens.
+fn server(lab: &Lab, port: u16) -> Result<Leaker> {
+    let host = lab.app_host();
+    let text = port.to_string();
+    let server = Leaker::start(host, Leaky::C, &[&text])?;
+    lab.wait_for(PATIENCE, || {
+        Ok(host.ss(&["-l", "sport", "=", &format!(":{text}")])?.len() == 1)
+    })?;
+    Ok(server)
+}
+
+/// The handler of each place, with its share and its number of sockets.
+fn say_places(report: &Value) {
+    for place in report["places"].as_array().into_iter().flatten() {
+        let frames = place["read"]["frames"].as_array().into_iter().flatten();
+        let names = frames.filter_map(|frame| frame["function"].as_str());
+        let handler = names.rev().find(|name| name.ends_with("_handler"));
+        let share = place["share"].as_f64().unwrap_or_default() * 100.0;
+        let (handler, count) = (handler.unwrap_or("?"), &place["count"]);
+        println!("  {handler}: {share:.1} %, {count} sockets");
+    }
+}
+
 /// Has servers leak so many sockets during a trace, and prints what it takes then.
 fn memory(lab: &Lab, cwkill: &str, sockets: usize) -> Result<()> {
     let host = lab.app_host();
@@ -92,13 +175,9 @@ fn memory(lab: &Lab, cwkill: &str, sockets: usize) -> Result<()> {
             break;
         }
         left -= count;
-        let text = port.to_string();
-        servers.push(Leaker::start(host, Leaky::C, &[&text])?);
+        servers.push(server(lab, port)?);
         let client = host.agent("client")?;
         let address = (Ipv4Addr::LOCALHOST, port).into();
-        lab.wait_for(PATIENCE, || {
-            Ok(host.ss(&["-l", "sport", "=", &format!(":{text}")])?.len() == 1)
-        })?;
         for _ in 0..count {
             let ends = client.connect(address, 1, Dial::default(), PATIENCE)?;
             client.send(&[ends[0].fd], b"L")?;
@@ -107,22 +186,18 @@ fn memory(lab: &Lab, cwkill: &str, sockets: usize) -> Result<()> {
         clients.push(client);
     }
     let took = begun.elapsed();
-    let peak = trace.peak_memory()?;
-    let children = trace.memory_of_readers()?;
+    let used = trace.memory()?;
     let ended = Instant::now();
     let report = trace.end()?;
     println!(
-        "{sockets} sockets became stuck in {:.1} s: cwkill had {} MiB, and its {} processes for symbols {} MiB; the report took {:.1} s",
+        "{sockets} sockets became stuck in {:.1} s: {used}; the report took {:.1} s",
         took.as_secs_f64(),
-        peak >> 10,
-        children.len(),
-        children.iter().sum::<u64>() >> 10,
         ended.elapsed().as_secs_f64()
     );
-    let first = report.lines().next().unwrap_or_default();
-    println!("{first}");
-    let places = report.lines().filter(|line| line.contains(" %), stuck "));
-    places.for_each(|line| println!("  {line}"));
+    for name in ["became_stuck", "place_unknown"] {
+        println!("  {name} {}", report[name]);
+    }
+    say_places(&report);
     Ok(())
 }
 
@@ -133,7 +208,7 @@ impl Trace {
     fn start(host: &Host, cwkill: &str) -> Result<Self> {
         let mut child = host
             .command(cwkill)
-            .args(["trace", "-v"])
+            .args(["trace", "--json"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
@@ -171,22 +246,25 @@ impl Trace {
         Ok(Duration::from_millis(1000 * used / ticks))
     }
 
-    /// In KiB.
-    fn peak_memory(&self) -> Result<u64> {
-        peak_memory(self.pid())
+    /// What it has had in memory at most, in words.
+    fn memory(&self) -> Result<String> {
+        let own = peak_memory(self.pid())? >> 10;
+        let readers: Result<Vec<u64>> = self.readers()?.into_iter().map(peak_memory).collect();
+        let readers = readers?;
+        let (count, of_readers) = (readers.len(), readers.iter().sum::<u64>() >> 10);
+        Ok(format!(
+            "cwkill had {own} MiB, and its {count} processes for symbols {of_readers} MiB"
+        ))
     }
 
-    fn memory_of_readers(&self) -> Result<Vec<u64>> {
-        self.readers()?.into_iter().map(peak_memory).collect()
-    }
-
-    fn end(self) -> Result<String> {
+    fn end(self) -> Result<Value> {
         kill(Pid::from_raw(i32::try_from(self.pid())?), Signal::SIGINT)?;
         let output = self.0.wait_with_output()?;
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        Ok(serde_json::from_slice(&output.stdout)?)
     }
 }
 
+/// In KiB.
 fn peak_memory(pid: u32) -> Result<u64> {
     let status = procfs::process::Process::new(i32::try_from(pid)?)?.status()?;
     status.vmhwm.context("no VmHWM")

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::BuildDir;
 use crate::host::Host;
@@ -194,6 +194,16 @@ impl Leaker {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether it has ended by itself.
+    ///
+    /// # Errors
+    /// It has failed.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let ended = self.child.try_wait()?;
+        ensure!(ended.is_none_or(|it| it.success()), "{ended:?}");
+        Ok(ended.is_some())
     }
 
     /// The file that it runs. It is the interpreter's source for languages with an interpreter.
