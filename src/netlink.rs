@@ -2,9 +2,7 @@
 
 use std::io;
 
-use netlink_packet_core::{
-    Emitable, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
-};
+use netlink_packet_core::{Emitable, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader};
 
 /// `struct nlmsghdr`, and an attribute without its value.
 pub(crate) const HEADER_LEN: usize = 16;
@@ -106,49 +104,28 @@ pub(crate) fn end_of_list(message: &NetlinkBuffer<&[u8]>) -> Option<i32> {
     }
 }
 
-/// A list that is being received.
-#[derive(Debug)]
-pub(crate) struct List<T> {
-    pub items: Vec<T>,
-    /// What it lists has changed meanwhile, so that an item may be missing.
-    pub is_interrupted: bool,
-}
-
-impl<T> Default for List<T> {
-    fn default() -> Self {
-        List {
-            items: Vec::new(),
-            is_interrupted: false,
+/// Adds the messages of the type `kind` in a datagram of a list to `items`, as `parse` reads them. Returns whether the list has ended.
+///
+/// # Errors
+/// The errno with which the kernel has broken the list off. EBADMSG: `parse` cannot read one.
+pub(crate) fn add_items<T>(
+    items: &mut Vec<T>,
+    datagram: &[u8],
+    kind: u16,
+    parse: impl Fn(&[u8]) -> Option<T>,
+) -> io::Result<bool> {
+    for message in messages(datagram) {
+        match end_of_list(&message) {
+            Some(0) => return Ok(true),
+            Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
+            None => {}
+        }
+        if message.message_type() == kind {
+            let unreadable = || io::Error::from_raw_os_error(libc::EBADMSG);
+            items.push(parse(message.payload()).ok_or_else(unreadable)?);
         }
     }
-}
-
-impl<T> List<T> {
-    /// Adds a datagram, as `parse` reads messages of the type `item`. Returns whether the list has ended.
-    ///
-    /// # Errors
-    /// The errno with which the kernel has broken it off. EBADMSG: `parse` cannot read an item.
-    pub(crate) fn add(
-        &mut self,
-        datagram: &[u8],
-        item: u16,
-        parse: impl Fn(&[u8]) -> Option<T>,
-    ) -> io::Result<bool> {
-        for message in messages(datagram) {
-            self.is_interrupted |= message.flags() & NLM_F_DUMP_INTR != 0;
-            match end_of_list(&message) {
-                Some(0) => return Ok(true),
-                Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
-                None => {}
-            }
-            if message.message_type() == item {
-                let unreadable = || io::Error::from_raw_os_error(libc::EBADMSG);
-                let parsed = parse(message.payload()).ok_or_else(unreadable)?;
-                self.items.push(parsed);
-            }
-        }
-        Ok(false)
-    }
+    Ok(false)
 }
 
 /// The overruns of a receive queue while one answer is received. At each, the kernel has lost datagrams.
@@ -191,32 +168,24 @@ mod tests {
     fn a_list_ends_well_or_with_an_errno() {
         const ITEM: u16 = 0x13;
         let parse = |payload: &[u8]| payload.first_chunk().map(|it| u32::from_ne_bytes(*it));
-        let list = |messages: &[(u16, u16, &[u8])]| {
+        let list = |messages: &[(u16, &[u8])]| {
             let mut datagram = Vec::new();
-            for (kind, flags, body) in messages {
-                put_message(&mut datagram, *kind, *flags, 7, body);
+            for (kind, body) in messages {
+                put_message(&mut datagram, *kind, 0, 7, body);
             }
-            let mut list = List::default();
-            let ended = list.add(&datagram, ITEM, parse);
-            let ended = ended.map_err(|error| error.raw_os_error().unwrap());
-            (ended, list.items, list.is_interrupted)
+            let mut items = Vec::new();
+            let ended = add_items(&mut items, &datagram, ITEM, parse);
+            (ended.map_err(|error| error.raw_os_error().unwrap()), items)
         };
         let (one, errno) = (1u32.to_ne_bytes(), (-libc::EBUSY).to_ne_bytes());
-        let item = (ITEM, 0, &one[..]);
-        let done = (NLMSG_DONE, 0, &[0; 4][..]);
-        assert_eq!(list(&[item]), (Ok(false), vec![1], false));
-        assert_eq!(
-            list(&[item, (9, 0, &one), item, done]),
-            (Ok(true), vec![1, 1], false)
-        );
-        assert_eq!(
-            list(&[item, (NLMSG_DONE, NLM_F_DUMP_INTR, &[0; 4])]),
-            (Ok(true), vec![1], true)
-        );
+        let item = (ITEM, &one[..]);
+        let done = (NLMSG_DONE, &[0; 4][..]);
+        assert_eq!(list(&[item]), (Ok(false), vec![1]));
+        assert_eq!(list(&[item, (9, &one), item, done]), (Ok(true), vec![1, 1]));
         for kind in [NLMSG_DONE, NLMSG_ERROR] {
-            assert_eq!(list(&[(kind, 0, &errno)]).0, Err(libc::EBUSY));
+            assert_eq!(list(&[(kind, &errno)]).0, Err(libc::EBUSY));
         }
-        assert_eq!(list(&[(ITEM, 0, &[1]), done]).0, Err(libc::EBADMSG));
+        assert_eq!(list(&[(ITEM, &[1]), done]).0, Err(libc::EBADMSG));
     }
 
     #[test]

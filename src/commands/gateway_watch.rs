@@ -21,7 +21,8 @@ use crate::finder::arrivals::Arrivals;
 use crate::finder::forwarded;
 use crate::injector::gateway as injector;
 use crate::model::{
-    EndState, Forwarded, ForwardedOutcome, ForwardedScan, ForwardedSkip, TimeAndPlace,
+    EndState, Forwarded, ForwardedFailure, ForwardedOutcome, ForwardedScan, ForwardedSkip,
+    TimeAndPlace,
 };
 use crate::privileges::capabilities;
 use crate::report::ExitStatus;
@@ -443,11 +444,14 @@ fn counts_as_act(connection: &Forwarded) -> bool {
     }
 }
 
-/// Whether the entry may be that of a connection that is open in a moment: a new one has its addresses, or its first SYN came twice.
+/// Whether the entry is worth another look: a new connection has its addresses, its first SYN came twice, or the routes could not be read.
 fn may_come_back(connection: &Forwarded) -> bool {
     match connection.outcome {
         Some(ForwardedOutcome::Gone) => !connection.both_had_forgotten(),
-        Some(ForwardedOutcome::Skipped(ForwardedSkip::NoLongerSelected)) => true,
+        Some(
+            ForwardedOutcome::Skipped(ForwardedSkip::NoLongerSelected)
+            | ForwardedOutcome::Failed(ForwardedFailure::RoutesUnreadable(_)),
+        ) => true,
         _ => false,
     }
 }

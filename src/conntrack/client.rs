@@ -7,7 +7,7 @@ use std::io;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
-use super::codec::{self, Answer, DumpFilter, Entry, PolicyKeeper};
+use super::codec::{self, Answer, DumpFilter, Entry, TimeoutRules};
 use crate::netlink::Overruns;
 
 /// The kernel fills a datagram of a dump with up to 32 KiB (net/netlink/af_netlink.c, netlink_dump).
@@ -143,9 +143,9 @@ impl Conntrack {
     ///
     /// # Errors
     /// They cannot be listed.
-    pub fn has_policies(&mut self, keeper: PolicyKeeper) -> io::Result<bool> {
+    pub fn has_rules(&mut self, keeper: TimeoutRules) -> io::Result<bool> {
         let request =
-            |bytes: &mut Vec<u8>, sequence| codec::put_policy_dump(bytes, keeper, sequence);
+            |bytes: &mut Vec<u8>, sequence| codec::put_rules_dump(bytes, keeper, sequence);
         let mut found = false;
         let listed = self.exchange(request, 0, |answer| match answer {
             Answer::Other | Answer::Entry(_) => {

@@ -21,6 +21,7 @@ const CT_GET: u16 = CTNETLINK | 1;
 const CT_DELETE: u16 = CTNETLINK | 2;
 /// Objects of nf_tables, the kind of an object (big-endian), and the kind of a timeout policy (linux/netfilter/nf_tables.h).
 const NFT_GETOBJ: u16 = 10 << 8 | 19;
+const NFT_GETFLOWTABLE: u16 = 10 << 8 | 23;
 const NFTA_OBJ_TYPE: u16 = 3;
 const NFT_OBJECT_CT_TIMEOUT: u32 = 7;
 /// Timeout policies of iptables (linux/netfilter/nfnetlink_cttimeout.h).
@@ -276,21 +277,24 @@ fn filtered_addresses(
     (tuple, flags)
 }
 
-/// Where rules keep the timeout policies that they give to connections.
+/// The rules by which a connection has another timeout than that of its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PolicyKeeper {
+pub enum TimeoutRules {
     /// `ct timeout` of nft(8).
     NfTables,
     /// `-j CT --timeout` of iptables(8).
     Cttimeout,
+    /// `flow add` of nft(8): while a flow table has a connection, packets do not renew its timeout, and when it gives the connection back
+    /// the timeout is an old one (net/netfilter/nf_flow_table_core.c, flow_offload_fixup_ct).
+    FlowTables,
 }
 
-/// Appends the request for all timeout policies. Each is answered with [`Answer::Other`].
-pub fn put_policy_dump(bytes: &mut Vec<u8>, keeper: PolicyKeeper, sequence: u32) {
+/// Appends the request for all of them. Each is answered with [`Answer::Other`].
+pub fn put_rules_dump(bytes: &mut Vec<u8>, keeper: TimeoutRules, sequence: u32) {
     // Of every family.
     let mut body = vec![0; NFGEN_LEN];
     let kind = match keeper {
-        PolicyKeeper::NfTables => {
+        TimeoutRules::NfTables => {
             put_attribute(
                 &mut body,
                 NFTA_OBJ_TYPE,
@@ -298,7 +302,8 @@ pub fn put_policy_dump(bytes: &mut Vec<u8>, keeper: PolicyKeeper, sequence: u32)
             );
             NFT_GETOBJ
         }
-        PolicyKeeper::Cttimeout => TIMEOUT_GET,
+        TimeoutRules::Cttimeout => TIMEOUT_GET,
+        TimeoutRules::FlowTables => NFT_GETFLOWTABLE,
     };
     netlink::put_message(bytes, kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, &body);
 }

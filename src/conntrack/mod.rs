@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use strum::VariantArray;
 
-use codec::PolicyKeeper;
+use codec::TimeoutRules;
 
 pub use client::{Conntrack, Delete};
 pub use codec::{DumpFilter, Entry, Event};
@@ -66,14 +66,14 @@ pub fn close_wait_timeout() -> Option<Duration> {
 
 /// The timeouts of the namespace of the calling thread. `conntrack` was opened in it.
 pub fn timeouts(conntrack: &mut Conntrack) -> Timeouts {
-    // What cannot be listed may have policies.
-    let mut has = |keeper| conntrack.has_policies(keeper).unwrap_or(true);
-    let by_policy = [
-        (PolicyKeeper::NfTables, "nf_tables"),
-        (PolicyKeeper::Cttimeout, "nfnetlink_cttimeout"),
-    ]
-    .into_iter()
-    .any(|(keeper, module)| !is_known_to_be_missing(module) && has(keeper));
+    // What cannot be listed may have some.
+    let mut has = |rules, module| {
+        !is_known_to_be_missing(module) && conntrack.has_rules(rules).unwrap_or(true)
+    };
+    let by_policy = has(TimeoutRules::NfTables, "nf_tables")
+        || has(TimeoutRules::Cttimeout, "nfnetlink_cttimeout");
+    // Those of tc(8) cannot be listed.
+    let has_flow_tables = is_loaded("act_ct") || has(TimeoutRules::FlowTables, "nf_tables");
     let of_state = |state: &ConntrackState| Some((*state, timeout(state.timeout_name()?)?));
     let shorter = ["max_retrans", "unacknowledged", "close"];
     Timeouts {
@@ -83,17 +83,20 @@ pub fn timeouts(conntrack: &mut Conntrack) -> Timeouts {
             .collect(),
         shorter: shorter.into_iter().filter_map(timeout).collect(),
         by_policy,
+        has_flow_tables,
     }
+}
+
+/// Whether a kernel module is loaded. A part of the kernel is not.
+fn is_loaded(module: &str) -> bool {
+    let loaded = fs::read_to_string("/proc/modules").unwrap_or_default();
+    let mut names = loaded.lines().filter_map(|line| line.split(' ').next());
+    names.any(|name| name == module)
 }
 
 /// Whether a kernel module that needs nf_conntrack is not loaded, so that a request to it would load it. If nf_conntrack is a module
 /// itself, such a module cannot be a part of the kernel.
 fn is_known_to_be_missing(module: &str) -> bool {
-    let loaded = fs::read_to_string("/proc/modules").unwrap_or_default();
-    let is_loaded = |name: &str| {
-        let mut names = loaded.lines().filter_map(|line| line.split(' ').next());
-        names.any(|loaded| loaded == name)
-    };
     is_loaded("nf_conntrack") && !is_loaded(module)
 }
 

@@ -17,6 +17,8 @@ pub struct Timeouts {
     pub shorter: Vec<Duration>,
     /// A rule may give connections other timeouts (`ct timeout` of nft(8), the CT target of iptables). An entry does not tell which.
     pub by_policy: bool,
+    /// A flow table may have had a connection, so that what is left of its timeout is what was left long ago.
+    pub has_flow_tables: bool,
 }
 
 impl Timeouts {
@@ -26,7 +28,7 @@ impl Timeouts {
     /// be the one, the time is unknown (net/netfilter/nf_conntrack_proto_tcp.c, nf_conntrack_tcp_packet).
     pub fn quiet(&self, entry: &Entry) -> Option<Duration> {
         let fixed = Status::FIXED_TIMEOUT | Status::OFFLOAD | Status::HW_OFFLOAD;
-        if self.by_policy || entry.status.has_any(fixed) {
+        if self.by_policy || self.has_flow_tables || entry.status.has_any(fixed) {
             return None;
         }
         let (whole, left) = (*self.of_state.get(&entry.state?)?, entry.left?);
@@ -53,6 +55,7 @@ mod tests {
             .into(),
             shorter: vec![seconds(300), seconds(300), seconds(10)],
             by_policy: false,
+            has_flow_tables: false,
         }
     }
 
@@ -122,10 +125,13 @@ mod tests {
             ),
             None
         );
-        let by_policy = Timeouts {
-            by_policy: true,
-            ..all
-        };
-        assert_eq!(quiet(&by_policy, &long), None);
+        for (by_policy, has_flow_tables) in [(true, false), (false, true)] {
+            let timeouts = Timeouts {
+                by_policy,
+                has_flow_tables,
+                ..all.clone()
+            };
+            assert_eq!(quiet(&timeouts, &long), None);
+        }
     }
 }

@@ -194,6 +194,8 @@ pub enum ForwardedFailure {
     NoAnswer,
     #[error("{0}")]
     NoPath(String),
+    #[error("{0}")]
+    RoutesUnreadable(String),
     #[error("cannot send: {0}")]
     NotSent(String),
     #[error("conntrack: {0}")]

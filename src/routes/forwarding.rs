@@ -28,7 +28,7 @@ pub enum NoPath {
     /// The kernel delivers packets to this end to this host.
     #[error("packets to {0} end on this host")]
     EndsHere(IpAddr),
-    #[error("rtnetlink: {}", crate::sys::os_error(.0))]
+    #[error("links, routes, neighbours or policies cannot be read: {}", crate::sys::os_error(.0))]
     Netlink(Errno),
 }
 

@@ -16,7 +16,7 @@ use netlink_sys::{
 use super::forwarding::{self, Hop, NoPath, Origin, Policy, Question, Route};
 use super::ipsec::{self, IpsecPolicy, Packet};
 use super::path_codec::{self as codec, Answer, Link};
-use crate::netlink::List;
+use crate::netlink;
 use crate::sys::link::{LinkDestination, MAX_HARDWARE_LEN};
 use crate::tcp::Tuple;
 
@@ -25,10 +25,12 @@ const RESOLVE_TIME: Duration = Duration::from_millis(3200);
 const RESOLVE_PAUSE: Duration = Duration::from_millis(2);
 /// For how long a neighbour that did not answer is not waited for again.
 const DEAD_TIME: Duration = Duration::from_secs(30);
-/// For how long the lists of rules and links are used.
+/// For how long the lists of rules, links and policies of IPsec are used, or is known that they cannot be read.
 const POLICY_TIME: Duration = Duration::from_secs(1);
-/// So often a list is asked for that has changed while it was read.
-const LIST_ATTEMPTS: u32 = 3;
+/// A list is read so often at most, until two readings agree.
+const READINGS: u32 = 5;
+/// For how long a kernel without xfrm is not asked again: each question looks for a module.
+const XFRM_MISSING_TIME: Duration = Duration::from_secs(30);
 /// The kernel fills a datagram of a list with up to 32 KiB (net/netlink/af_netlink.c, netlink_dump).
 const RECEIVE_BUFFER: usize = 64 * 1024;
 /// linux/if.h, IFF_NOARP: the interface has no neighbours, for example a tunnel.
@@ -81,13 +83,15 @@ struct Policies {
     ipsec: Vec<IpsecPolicy>,
 }
 
-/// The paths of the network namespace of the threads that open it and ask it.
+/// The paths of a network namespace: it must be that of the thread that opens it, and of those that ask it.
 pub struct Paths {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
     /// What depends on more than addresses, and when it was asked.
-    policies: Option<(Arc<Policies>, Instant)>,
+    policies: Option<(Result<Arc<Policies>, NoPath>, Instant)>,
+    /// When the kernel was found to have no xfrm.
+    xfrm_missing: Option<Instant>,
     /// The neighbours that did not answer, and when.
     dead: HashMap<Hop, Instant>,
 }
@@ -103,6 +107,7 @@ impl Paths {
             sequence: 0,
             buffer: vec![0; RECEIVE_BUFFER],
             policies: None,
+            xfrm_missing: None,
             dead: HashMap::new(),
         })
     }
@@ -137,14 +142,46 @@ impl Paths {
         }
     }
 
-    fn policies(&mut self) -> io::Result<Arc<Policies>> {
+    fn policies(&mut self) -> Result<Arc<Policies>, NoPath> {
         let now = Instant::now();
-        let (policies, asked) = match self.policies.take() {
-            Some((policies, asked)) if now < asked + POLICY_TIME => (policies, asked),
-            _ => (Arc::new(read_policies()?), now),
+        let known = self.policies.take();
+        let (policies, asked) = match known.filter(|(_, asked)| now < *asked + POLICY_TIME) {
+            Some(known) => known,
+            None => (
+                self.read_policies().map(Arc::new).map_err(NoPath::from),
+                now,
+            ),
         };
-        self.policies = Some((Arc::clone(&policies), asked));
-        Ok(policies)
+        self.policies = Some((policies.clone(), asked));
+        policies
+    }
+
+    fn read_policies(&mut self) -> io::Result<Policies> {
+        let links = list(
+            NETLINK_ROUTE,
+            codec::links_question,
+            codec::RTM_NEWLINK,
+            codec::link,
+        )?;
+        let routing = [
+            routing_policy(false, &links)?,
+            routing_policy(true, &links)?,
+        ];
+        let now = Instant::now();
+        let is_known = |since: Instant| now < since + XFRM_MISSING_TIME;
+        let ipsec = match self.xfrm_missing {
+            Some(since) if is_known(since) => None,
+            _ => ipsec_policies()?,
+        };
+        if ipsec.is_some() {
+            self.xfrm_missing = None;
+        } else {
+            self.xfrm_missing.get_or_insert(now);
+        }
+        Ok(Policies {
+            routing,
+            ipsec: ipsec.unwrap_or_default(),
+        })
     }
 
     fn route(&mut self, question: &Question, is_hash_unknown: bool) -> io::Result<Route> {
@@ -281,22 +318,6 @@ fn open_netlink(protocol: isize) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn read_policies() -> io::Result<Policies> {
-    let links = list(
-        NETLINK_ROUTE,
-        codec::links_question,
-        codec::RTM_NEWLINK,
-        codec::link,
-    )?;
-    Ok(Policies {
-        routing: [
-            routing_policy(false, &links)?,
-            routing_policy(true, &links)?,
-        ],
-        ipsec: ipsec_policies()?,
-    })
-}
-
 fn routing_policy(ipv6: bool, links: &[Link]) -> io::Result<Policy> {
     let question = |sequence| codec::rules_question(ipv6, sequence);
     let rules = list(NETLINK_ROUTE, question, codec::RTM_NEWRULE, codec::rule);
@@ -305,16 +326,16 @@ fn routing_policy(ipv6: bool, links: &[Link]) -> io::Result<Policy> {
         Err(error) if is_errno(&error, &[libc::EAFNOSUPPORT, libc::EOPNOTSUPP]) => Vec::new(),
         rules => rules?,
     };
-    let is_named = |name: &Vec<u8>| {
-        let mut named = rules.iter();
-        named.any(|rule| rule.arrives_at.as_ref() == Some(name))
+    let is_named = |link: &Link| {
+        let mut named = rules.iter().filter_map(|rule| rule.arrives_at.as_ref());
+        named.any(|name| link.names.contains(name))
     };
     let indexes = |wanted: &dyn Fn(&Link) -> bool| -> Vec<u32> {
         let wanted = links.iter().filter(|link| link.is_used && wanted(link));
         wanted.map(|link| link.index).collect()
     };
     Ok(Policy {
-        interfaces: indexes(&|link| is_named(&link.name)),
+        interfaces: indexes(&is_named),
         vrfs: indexes(&|link| link.is_vrf),
         by_mark: rules.iter().any(|rule| rule.by_mark),
         all: indexes(&|link| !link.is_vrf),
@@ -322,7 +343,8 @@ fn routing_policy(ipv6: bool, links: &[Link]) -> io::Result<Policy> {
     })
 }
 
-fn ipsec_policies() -> io::Result<Vec<IpsecPolicy>> {
+/// `None`: this kernel has none (without CONFIG_XFRM_USER), or its module cannot be loaded.
+fn ipsec_policies() -> io::Result<Option<Vec<IpsecPolicy>>> {
     let policies = list(
         NETLINK_XFRM,
         ipsec::policies_question,
@@ -330,9 +352,8 @@ fn ipsec_policies() -> io::Result<Vec<IpsecPolicy>> {
         ipsec::policy,
     );
     match policies {
-        // Without CONFIG_XFRM_USER, or before its module is loaded.
-        Err(error) if is_errno(&error, &[libc::EPROTONOSUPPORT]) => Ok(Vec::new()),
-        policies => Ok(policies?.into_iter().flatten().collect()),
+        Err(error) if is_errno(&error, &[libc::EPROTONOSUPPORT]) => Ok(None),
+        policies => Ok(Some(policies?.into_iter().flatten().collect())),
     }
 }
 
@@ -342,35 +363,39 @@ fn is_errno(error: &io::Error, errnos: &[i32]) -> bool {
         .is_some_and(|errno| errnos.contains(&errno))
 }
 
-/// A list of the kernel. It has a socket of its own: what is left of one that broke off would stand before the next one.
+/// A list of the kernel, read until two readings agree: the kernel sends it in parts, and what is added or removed between two parts can hide
+/// an item that was there all the time. It says so of links, and not of rules and policies (net/core/fib_rules.c, dump_rules;
+/// net/xfrm/xfrm_policy.c, xfrm_policy_walk).
 ///
 /// # Errors
-/// As socket(2), and as the kernel answers. EINTR: what it lists changes all the time.
-fn list<T>(
+/// As socket(2), and as the kernel answers. EAGAIN: what it lists changes all the time.
+fn list<T: PartialEq>(
     protocol: isize,
     question: impl Fn(u32) -> Vec<u8>,
-    item: u16,
+    kind: u16,
     parse: impl Fn(&[u8]) -> Option<T>,
 ) -> io::Result<Vec<T>> {
-    let mut buffer = vec![0; RECEIVE_BUFFER];
-    for _ in 0..LIST_ATTEMPTS {
+    let mut before = None;
+    for _ in 0..READINGS {
+        // On another socket the rest of a list that broke off would come first.
         let socket = open_netlink(protocol)?;
         socket.send(&question(1), 0)?;
-        let mut list = List::default();
+        let (mut items, mut buffer) = (Vec::new(), vec![0; RECEIVE_BUFFER]);
         loop {
             let length = match socket.recv(&mut &mut buffer[..], 0) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 length => length?,
             };
-            if list.add(&buffer[..length], item, &parse)? {
+            if netlink::add_items(&mut items, &buffer[..length], kind, &parse)? {
                 break;
             }
         }
-        if !list.is_interrupted {
-            return Ok(list.items);
+        if before.as_ref() == Some(&items) {
+            return Ok(items);
         }
+        before = Some(items);
     }
-    Err(io::Error::from_raw_os_error(libc::EINTR))
+    Err(io::Error::from_raw_os_error(libc::EAGAIN))
 }
 
 /// Whether nobody can tell which hop of a route with several ones a forwarded packet takes (net/ipv4/route.c, fib_multipath_hash;

@@ -55,6 +55,8 @@ const LINK_FLAGS: usize = 8;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_PROP_LIST: u16 = 52;
+const IFLA_ALT_IFNAME: u16 = 53;
 /// linux/if.h.
 const IFF_UP: u32 = 0x1;
 const IFF_LOOPBACK: u32 = 0x8;
@@ -213,7 +215,8 @@ pub(super) enum Answer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Link {
     pub index: u32,
-    pub name: Vec<u8>,
+    /// Its name, and the alternative ones.
+    pub names: Vec<Vec<u8>>,
     /// Whether it is up, and not the loopback interface.
     pub is_used: bool,
     pub is_vrf: bool,
@@ -230,10 +233,14 @@ pub(super) struct Rule {
 pub(super) fn link(payload: &[u8]) -> Option<Link> {
     let index = u32::from_ne_bytes(*payload.get(LINK_INDEX..)?.first_chunk()?);
     let flags = u32::from_ne_bytes(*payload.get(LINK_FLAGS..)?.first_chunk()?);
-    let (mut name, mut is_vrf) = (Vec::new(), false);
+    let (mut names, mut is_vrf) = (Vec::new(), false);
     for (kind, value) in attributes(payload.get(LINK_LEN..)?) {
         match kind {
-            IFLA_IFNAME => name = text(value),
+            IFLA_IFNAME => names.push(text(value)),
+            IFLA_PROP_LIST => {
+                let others = attributes(value).filter(|(kind, _)| *kind == IFLA_ALT_IFNAME);
+                names.extend(others.map(|(_, value)| text(value)));
+            }
             IFLA_LINKINFO => {
                 is_vrf = attributes(value)
                     .any(|(kind, value)| kind == IFLA_INFO_KIND && text(value) == b"vrf");
@@ -243,7 +250,7 @@ pub(super) fn link(payload: &[u8]) -> Option<Link> {
     }
     Some(Link {
         index,
-        name,
+        names,
         is_used: flags & IFF_UP != 0 && flags & IFF_LOOPBACK == 0,
         is_vrf,
     })
@@ -404,7 +411,7 @@ mod tests {
         let expected = |name: &[u8], is_used, is_vrf| {
             Some(Link {
                 index: 3,
-                name: name.to_vec(),
+                names: vec![name.to_vec()],
                 is_used,
                 is_vrf,
             })
@@ -420,6 +427,11 @@ mod tests {
             expected(b"red", true, true)
         );
         assert_eq!(link(&body(1, b"eth0\0", None)[..LINK_LEN - 1]), None);
+        let (mut named, mut others) = (body(1, b"eth0\0", None), Vec::new());
+        put_attribute(&mut others, IFLA_ALT_IFNAME, b"uplink\0");
+        put_attribute(&mut named, IFLA_PROP_LIST, &others);
+        let names = link(&named).unwrap().names;
+        assert_eq!(names, [b"eth0".to_vec(), b"uplink".to_vec()]);
     }
 
     #[test]

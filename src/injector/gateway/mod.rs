@@ -224,6 +224,10 @@ fn with_paths<'c>(
                 NoPath::NoNeighbour(_) if control.interrupted() => {
                     ForwardedOutcome::Skipped(ForwardedSkip::Interrupted)
                 }
+                NoPath::Netlink(_) => {
+                    let why = no_path.to_string();
+                    ForwardedOutcome::Failed(ForwardedFailure::RoutesUnreadable(why))
+                }
                 other => ForwardedOutcome::Failed(ForwardedFailure::NoPath(other.to_string())),
             });
             false

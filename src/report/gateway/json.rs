@@ -39,6 +39,7 @@ struct Tail {
     table_size: Option<u64>,
     /// Rules give connections timeouts of their own.
     timeout_policies: bool,
+    flow_tables: bool,
     summary: ForwardedCounts,
 }
 
@@ -190,6 +191,7 @@ pub fn write_document(
         table_entries: scan.table_use.map(|(used, _)| used),
         table_size: scan.table_use.map(|(_, most)| most),
         timeout_policies: scan.timeouts.by_policy,
+        flow_tables: scan.timeouts.has_flow_tables,
         summary: run.counts(),
     };
     write_around(&head, "connections", &tail, out, |out| {

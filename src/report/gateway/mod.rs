@@ -195,6 +195,12 @@ pub fn notes(run: &ForwardedRun, config: &GatewayConfig) -> Vec<String> {
                 .to_owned(),
         );
     }
+    if scan.timeouts.has_flow_tables {
+        notes.push(
+            "there are flow tables here, and an entry that has left one does not tell when its last packet passed: the ages are unknown"
+                .to_owned(),
+        );
+    }
     let selected = &config.selectors.original;
     if is_empty && !selected.ports.is_empty() && selected.peer_ports.is_empty() {
         notes.push(
