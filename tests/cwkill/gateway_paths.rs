@@ -201,10 +201,18 @@ fn with_two_possible_paths_a_connection_is_left_alone() -> Result<()> {
     gateway.connect(2)?;
     let third = address(Family::V4, THIRD_NETWORK, 2);
     gateway.sh(&format!(
-        "ip rule add iif {THIRD} lookup 88
+        "ip link property add dev {THIRD} altname uplink
          ip route add default via {third} table 88"
     ))?;
-    are_left_alone(&gateway, "ambiguous-path")
+    // A rule can have either name of the interface.
+    for name in [THIRD, "uplink"] {
+        gateway.sh(&format!("ip rule add iif {name} lookup 88"))?;
+        are_left_alone(&gateway, "ambiguous-path")?;
+        gateway.sh(&format!("ip rule del iif {name} lookup 88"))?;
+    }
+    let ran = gateway.gateway("--cut --all --active --json")?;
+    all_are(&ran.exits(0), "cut", 2);
+    Ok(())
 }
 
 /// The mark of the entry is that of the packets, as `meta mark set ct mark` does, or it is not.
