@@ -153,12 +153,21 @@ impl Tracing {
             .collect::<Result<_, _>>()?)
     }
 
-    /// Waits for another process that reads symbols than these, and kills it.
-    pub fn kill_reader(&self, lab: &Lab, but: &[Pid]) -> Result<Pid> {
+    /// The one that reads the symbols of this process, if it lives.
+    pub fn reader_of(&self, traced: u32) -> Result<Option<Pid>> {
+        let traced = traced.to_string();
+        let is_it = |reader: &Pid| {
+            let arguments = fs::read_to_string(format!("/proc/{reader}/cmdline"));
+            arguments.is_ok_and(|arguments| arguments.split('\0').nth(2) == Some(&traced))
+        };
+        Ok(self.readers()?.into_iter().find(is_it))
+    }
+
+    /// Waits for the one that reads the symbols of this process, and is not `before`, and kills it.
+    pub fn kill_reader(&self, lab: &Lab, traced: u32, before: Option<Pid>) -> Result<Pid> {
         let mut found = None;
         lab.wait_for(PATIENCE, || {
-            let readers = self.readers()?;
-            found = readers.into_iter().find(|it| !but.contains(it));
+            found = self.reader_of(traced)?.filter(|it| Some(*it) != before);
             Ok(found.is_some())
         })?;
         let reader = found.context("no reader")?;

@@ -299,7 +299,7 @@ fn a_reader_that_is_killed_is_started_again() -> Result<()> {
     let scene = Scene::start(Leaky::C)?;
     let document = scene.traced(3, |tracing| {
         scene.visit(b'L', 1)?;
-        tracing.kill_reader(&scene.lab, &[])?;
+        tracing.kill_reader(&scene.lab, scene.server.pid(), None)?;
         scene.visit(b'M', 2)
     })?;
     assert_eq!(at(&document, "/place_unknown"), "0", "{document:#}");

@@ -201,11 +201,12 @@ fn a_program_on_a_hung_mount_is_told() -> Result<()> {
 /// A sample that ends it twice would end it always.
 fn a_reader_that_is_killed_twice_is_told() -> Result<()> {
     let ran = on_a_hung_mount(1, |scene, tracing| {
-        let first = tracing.kill_reader(&scene.lab, &[])?;
-        tracing.kill_reader(&scene.lab, &[first])?;
+        let traced = scene.server.pid();
+        let first = tracing.kill_reader(&scene.lab, traced, None)?;
+        tracing.kill_reader(&scene.lab, traced, Some(first))?;
         scene
             .lab
-            .wait_for(PATIENCE, || Ok(tracing.readers()?.is_empty()))
+            .wait_for(PATIENCE, || Ok(tracing.reader_of(traced)?.is_none()))
     })?;
     assert_eq!(codes(&ran.json()), ["damaged"], "{:#}", ran.json());
     ran.complains("not all of its symbols could be read");
