@@ -44,7 +44,7 @@ impl Tracing {
 
 #[cfg(feature = "trace")]
 fn attach_and_detach() -> Result<NotSeen, BpfError> {
-    crate::bpf::tracer::Tracer::attach().map(crate::bpf::tracer::Tracer::detach)
+    crate::bpf::tracer::Tracer::attach().map(|mut tracer| tracer.detach())
 }
 
 #[cfg(not(feature = "trace"))]

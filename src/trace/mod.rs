@@ -116,6 +116,8 @@ impl Watch {
     /// What the programs have kept cannot be read, or a namespace cannot be entered any more.
     pub fn finish(mut self, after: &Scan) -> Result<Trace, BpfError> {
         self.take(Duration::ZERO, true);
+        // Before the walk: it may be held up.
+        let not_seen = self.tracer.detach();
         let (tracer, mut lives) = (&self.tracer, Vec::new());
         for netns in &after.namespaces {
             let found = netns.within(|| tracer.lives()).map_err(BpfError::Read)?;
@@ -123,7 +125,6 @@ impl Watch {
         }
         let counts = self.tracer.counts();
         let lasted = self.ended.saturating_sub(self.begun);
-        let not_seen = self.tracer.detach();
         self.symbols.finish();
         Ok(Trace {
             symbols: self.symbols,

@@ -66,6 +66,8 @@ pub struct Symbols {
     processes: HashMap<(Traced, u64), Stacks>,
     /// Processes without a reader.
     refused: HashMap<Traced, Problem>,
+    /// Processes one of whose samples has ended two readers: their files are too much for any.
+    given_up: HashSet<Traced>,
     /// The number of readers that were started.
     started: u64,
     /// Of the stacks of all processes.
@@ -117,6 +119,10 @@ impl Symbols {
     /// Gives a sample to the reader for its process. Does not wait, or if `is_last` only for a moment.
     pub fn read(&mut self, sample: Sample, is_last: bool) {
         let process = sample.process;
+        if self.given_up.contains(&process) {
+            self.missed += 1;
+            return;
+        }
         if !self.readers.contains_key(&process) {
             let most = match sample.opens {
                 true => MAX_OPENING,
@@ -313,6 +319,9 @@ impl Symbols {
                 let known = self.readers.get(&reader.0);
                 if known.is_none_or(|it| it.broke_off_at == at) {
                     self.missed += 1 + waiting.try_iter().count();
+                    if self.given_up.len() < MAX_REMEMBERED {
+                        self.given_up.insert(reader.0);
+                    }
                 } else if let Ok((child, serial)) = self.start(reader.0, Some(sample), waiting)
                     && let Some(now) = self.readers.get_mut(&reader.0)
                 {

@@ -21,7 +21,7 @@ pub use slots::{Sample, Traced};
 /// The attached programs and their memory.
 #[derive(Debug)]
 pub struct Tracer {
-    _attached: Vec<Tracepoint>,
+    attached: Vec<Tracepoint>,
     iterator: Iterator,
     slots: Slots,
     counters: Shared,
@@ -146,7 +146,7 @@ impl Tracer {
             slots, counters, ..
         } = maps;
         Ok(Tracer {
-            _attached: attached,
+            attached,
             iterator,
             slots: Slots::new(slots),
             counters,
@@ -154,9 +154,10 @@ impl Tracer {
         })
     }
 
-    /// Detaches the programs. Returns what they have not seen.
-    pub fn detach(self) -> NotSeen {
-        self.not_seen
+    /// Detaches the programs. Returns what they have not seen. What they have kept stays.
+    pub fn detach(&mut self) -> NotSeen {
+        self.attached.clear();
+        std::mem::take(&mut self.not_seen)
     }
 
     /// Empties the slots: those of reads that are `age` old, and those of connections that were opened, however old they are.
@@ -191,6 +192,9 @@ impl Tracer {
 
     /// What is known of the sockets that are in CLOSE-WAIT now in the network namespace of the calling thread. Until Linux 5.19 it takes
     /// CAP_BPF.
+    ///
+    /// Since Linux 5.15 the walk waits for the lock of each socket (net/ipv4/tcp_ipv4.c, bpf_iter_tcp_seq_show), so a process that hangs in a call
+    /// for one holds it up: detach first.
     ///
     /// The sockets of the namespace are walked. An iterator over all sockets with storage would be one walk for all, but it lets programs write
     /// into the storage, which some kernels forbid [measured: EPERM on a guest with Linux 6.18.44].
