@@ -361,11 +361,7 @@ fn hand_down_capabilities_and_start_threads(
 ) {
     let mut needed = needed.clone();
     if let Some(proc) = proc.filter(|proc| proc.iterator().is_some()) {
-        let kernel = KernelVersion::running();
-        needed.extend(capabilities::to_read_iterators(
-            kernel,
-            proc.forbids_bpf_to_users(),
-        ));
+        needed.extend(to_read_iterators(proc));
     }
     if let Err(error) = capabilities::drop_and_hand_down(&needed, handed) {
         say(format_args!(
@@ -376,6 +372,11 @@ fn hand_down_capabilities_and_start_threads(
     if let Err(error) = parallel::prepare() {
         say(format_args!("note: {error}"));
     }
+}
+
+/// What it takes here to read iterators that are loaded.
+fn to_read_iterators(proc: &ProcFs) -> CapsHashSet {
+    capabilities::to_read_iterators(KernelVersion::running(), proc.forbids_bpf_to_users())
 }
 
 /// Opens the log of a command that acts. It must be called before privileges are dropped: only root may be able to write the

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use super::{
     hand_down_capabilities_and_start_threads, open_proc, refuse, say_hints, say_notes,
-    time_and_place,
+    time_and_place, to_read_iterators,
 };
 use crate::bpf::KernelTypes;
 use crate::bpf::tracer::Tracer;
@@ -16,7 +16,6 @@ use crate::control::{Control, deadline};
 use crate::filter::Scope;
 use crate::finder;
 use crate::history::History;
-use crate::kernel::KernelVersion;
 use crate::model::{Privilege, Scan};
 use crate::privileges::capabilities;
 use crate::report::{ExitStatus, trace as report};
@@ -62,10 +61,7 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     })?;
     let mut needed = capabilities::to_find(&scope.netns, true, scope.selectors.selects_owners());
     needed.extend(worker::CAPABILITIES);
-    needed.extend(capabilities::to_read_iterators(
-        KernelVersion::running(),
-        proc.forbids_bpf_to_users(),
-    ));
+    needed.extend(to_read_iterators(&proc));
     // The processes that read symbols get them, too.
     hand_down_capabilities_and_start_threads(&needed, &worker::CAPABILITIES.into(), Some(&proc));
     // It shows no progress.

@@ -67,13 +67,14 @@ pub fn close_wait_timeout() -> Option<Duration> {
 /// The timeouts of the namespace of the calling thread. `conntrack` was opened in it.
 pub fn timeouts(conntrack: &mut Conntrack) -> Timeouts {
     // What cannot be listed may have some.
+    let modules = Modules::read();
     let mut has = |rules, module| {
-        !is_known_to_be_missing(module) && conntrack.has_rules(rules).unwrap_or(true)
+        !modules.are_known_to_lack(module) && conntrack.has_rules(rules).unwrap_or(true)
     };
     let by_policy = has(TimeoutRules::NfTables, "nf_tables")
         || has(TimeoutRules::Cttimeout, "nfnetlink_cttimeout");
     // Those of tc(8) cannot be listed.
-    let has_flow_tables = is_loaded("act_ct") || has(TimeoutRules::FlowTables, "nf_tables");
+    let has_flow_tables = modules.has("act_ct") || has(TimeoutRules::FlowTables, "nf_tables");
     let of_state = |state: &ConntrackState| Some((*state, timeout(state.timeout_name()?)?));
     let shorter = ["max_retrans", "unacknowledged", "close"];
     Timeouts {
@@ -87,17 +88,24 @@ pub fn timeouts(conntrack: &mut Conntrack) -> Timeouts {
     }
 }
 
-/// Whether a kernel module is loaded. A part of the kernel is not.
-fn is_loaded(module: &str) -> bool {
-    let loaded = fs::read_to_string("/proc/modules").unwrap_or_default();
-    let mut names = loaded.lines().filter_map(|line| line.split(' ').next());
-    names.any(|name| name == module)
-}
+/// The kernel modules that are loaded, as lines of /proc/modules. A part of the kernel is none of them.
+struct Modules(String);
 
-/// Whether a kernel module that needs nf_conntrack is not loaded, so that a request to it would load it. If nf_conntrack is a module
-/// itself, such a module cannot be a part of the kernel.
-fn is_known_to_be_missing(module: &str) -> bool {
-    is_loaded("nf_conntrack") && !is_loaded(module)
+impl Modules {
+    fn read() -> Self {
+        Modules(fs::read_to_string("/proc/modules").unwrap_or_default())
+    }
+
+    fn has(&self, module: &str) -> bool {
+        let mut names = self.0.lines().filter_map(|line| line.split(' ').next());
+        names.any(|name| name == module)
+    }
+
+    /// Whether a kernel module that needs nf_conntrack is not loaded, so that a request to it would load it. If nf_conntrack is a module
+    /// itself, such a module cannot be a part of the kernel.
+    fn are_known_to_lack(&self, module: &str) -> bool {
+        self.has("nf_conntrack") && !self.has(module)
+    }
 }
 
 /// How many entries the table of the namespace of the calling thread has, of all protocols, and how many it may have. `None` if

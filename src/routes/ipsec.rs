@@ -92,7 +92,7 @@ pub(super) struct Packet {
     pub from: SocketAddr,
     pub to: SocketAddr,
     /// Whether it is compared with the policies of direction out, otherwise with those of fwd.
-    pub leaves: bool,
+    pub is_out: bool,
     /// The interface by which it leaves.
     pub interface: u32,
     pub mark: u32,
@@ -102,7 +102,7 @@ impl IpsecPolicy {
     fn covers(&self, packet: &Packet) -> bool {
         let Packet { from, to, .. } = packet;
         let (mark, mask) = self.mark;
-        self.is_out == packet.leaves
+        self.is_out == packet.is_out
             && self.destination.has(to.ip())
             && self.source.has(from.ip())
             && self.destination_port.has(to.port())
@@ -219,9 +219,9 @@ mod tests {
         policies.flatten().collect()
     }
 
-    fn packet(from: &str, to: &str, leaves: bool) -> Packet {
+    fn packet(from: &str, to: &str, is_out: bool) -> Packet {
         Packet {
-            leaves,
+            is_out,
             from: from.parse().unwrap(),
             to: to.parse().unwrap(),
             interface: 3,
@@ -232,10 +232,10 @@ mod tests {
     /// Whether these policies forbid plain packets from the client to the server.
     fn forbidden(bodies: &[Vec<u8>]) -> bool {
         let policies = read(bodies);
-        let forbids = |leaves| {
+        let forbids = |is_out| {
             forbid(
                 &policies,
-                &packet("10.79.1.2:40000", "10.79.2.2:7000", leaves),
+                &packet("10.79.1.2:40000", "10.79.2.2:7000", is_out),
             )
         };
         forbids(true) || forbids(false)
@@ -252,7 +252,7 @@ mod tests {
                 ("10.79.2.2:7000", "10.79.1.2:40000", false),
                 ("[fd79::1]:4", "[fd79::2]:5", false),
             ] {
-                let found = |leaves| forbid(&policies, &packet(from, to, leaves));
+                let found = |is_out| forbid(&policies, &packet(from, to, is_out));
                 assert_eq!(found(way == OUT), expected, "{way} {from} {to}");
                 assert!(!found(way != OUT), "{way} {from} {to}");
             }

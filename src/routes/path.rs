@@ -57,7 +57,7 @@ impl Flow {
         let mut packets = Vec::new();
         for (side, (view, hop)) in self.views.iter().zip(hops).enumerate() {
             let sender = self.views[1 - side];
-            for (from, to, leaves) in [
+            for (from, to, is_out) in [
                 (sender.local, sender.peer, false),
                 (sender.local, view.local, true),
                 (view.peer, view.local, true),
@@ -66,7 +66,7 @@ impl Flow {
                     packets.push(Packet {
                         from,
                         to,
-                        leaves,
+                        is_out,
                         interface: hop.interface,
                         mark,
                     });
@@ -168,20 +168,15 @@ impl Paths {
             routing_policy(true, &links)?,
         ];
         let now = Instant::now();
-        let is_known = |since: Instant| now < since + XFRM_MISSING_TIME;
         let ipsec = match self.xfrm_missing {
-            Some(since) if is_known(since) => None,
-            _ => ipsec_policies()?,
+            Some(since) if now < since + XFRM_MISSING_TIME => Vec::new(),
+            _ => {
+                let found = ipsec_policies()?;
+                self.xfrm_missing = found.is_none().then_some(now);
+                found.unwrap_or_default()
+            }
         };
-        if ipsec.is_some() {
-            self.xfrm_missing = None;
-        } else {
-            self.xfrm_missing.get_or_insert(now);
-        }
-        Ok(Policies {
-            routing,
-            ipsec: ipsec.unwrap_or_default(),
-        })
+        Ok(Policies { routing, ipsec })
     }
 
     fn route(&mut self, question: &Question, is_hash_unknown: bool) -> io::Result<Route> {
@@ -375,12 +370,12 @@ fn list<T: PartialEq>(
     kind: u16,
     parse: impl Fn(&[u8]) -> Option<T>,
 ) -> io::Result<Vec<T>> {
-    let mut before = None;
+    let (mut before, mut buffer) = (None, vec![0; RECEIVE_BUFFER]);
     for _ in 0..READINGS {
         // On another socket the rest of a list that broke off would come first.
         let socket = open_netlink(protocol)?;
         socket.send(&question(1), 0)?;
-        let (mut items, mut buffer) = (Vec::new(), vec![0; RECEIVE_BUFFER]);
+        let mut items = Vec::new();
         loop {
             let length = match socket.recv(&mut &mut buffer[..], 0) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
