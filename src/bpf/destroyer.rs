@@ -9,14 +9,13 @@
 //!
 //! A child process makes the walk ([`Walker`]), since the kernel can let it wait for the lock of a socket whose owner hangs.
 
+use nix::errno::Errno;
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-use nix::errno::Errno;
 
 use super::KernelTypes;
+use super::walk::{self, End};
 use crate::sys::bpf::{Asm, BpfError, Btf, BtfError, Helper, Insn, Iterator, Name, Size};
 use crate::sys::bpf::{Shared, Table, Variable, Walker};
 use crate::tcp::{StateSet, TcpState};
@@ -105,18 +104,6 @@ pub struct Walk {
     pub end: End,
 }
 
-/// How a walk ended.
-#[derive(Debug)]
-pub enum End {
-    /// It has shown all sockets.
-    Whole,
-    /// The caller has stopped it, or an earlier one.
-    Stopped,
-    /// It waited too long for the lock of a socket.
-    HeldUp,
-    Failed(BpfError),
-}
-
 impl Walk {
     /// A walk that has not begun.
     fn none(chosen: &[Chosen], end: End) -> Self {
@@ -129,14 +116,6 @@ impl Walk {
 pub const CAPACITY: usize = 1 << 16;
 /// The number of programs, for threads on several processors.
 const PROGRAMS: usize = 2;
-
-/// How long a walk may show no further socket. An owner has the lock of its socket for microseconds, or while one page of its memory is read from
-/// a disk. A busy machine may not run the walker for a while.
-pub const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a walk may take in all. One of ten million sockets takes 5 s.
-const LONGEST_WALK: Duration = Duration::from_secs(60);
-/// How often cwkill looks whether the walk goes on, in milliseconds.
-const INTERVAL: u16 = 10;
 
 impl Destroyer {
     /// Loads the programs, and starts a process for each. To use them takes no capability, not even CAP_NET_ADMIN.
@@ -246,7 +225,7 @@ impl Program {
         let keys: Vec<u64> = chosen.iter().map(|socket| socket.cookie).collect();
         let begun = self.begin(chosen, &keys);
         let end = match begun {
-            Ok(()) => self.walk(go_on),
+            Ok(()) => walk::wait(&mut self.walker, || self.maps.shown(), go_on),
             Err(error) => End::Failed(error),
         };
         let verdicts = &self.maps.verdicts.numbers()[..chosen.len()];
@@ -295,30 +274,7 @@ impl Program {
         let values: Vec<_> = (0..).zip(chosen).map(value).collect();
         maps.chosen.put(keys, &values)?;
         let iterator = self.iterator.begin()?;
-        self.walker.begin(&iterator).map_err(BpfError::Walker)
-    }
-
-    /// Waits for the end of the walk.
-    fn walk(&mut self, go_on: impl Fn() -> bool) -> End {
-        let begun = Instant::now();
-        let mut last = (self.maps.shown(), begun);
-        loop {
-            match self.walker.result(INTERVAL) {
-                Some(Ok(())) => return End::Whole,
-                Some(Err(error)) => return End::Failed(BpfError::Read(error)),
-                None => {}
-            }
-            if !go_on() {
-                return End::Stopped;
-            }
-            let (shown, now) = (self.maps.shown(), Instant::now());
-            if shown != last.0 {
-                last = (shown, now);
-            }
-            if now - last.1 > PATIENCE || now - begun > LONGEST_WALK {
-                return End::HeldUp;
-            }
-        }
+        self.walker.begin(&iterator, None).map_err(BpfError::Walker)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod descriptors;
 pub mod destroyer;
 #[cfg(feature = "trace")]
 pub mod tracer;
+pub mod walk;
 
 use std::cell::OnceCell;
 

@@ -52,6 +52,8 @@ pub struct Trace {
     pub before: HashSet<u64>,
     /// The sockets in CLOSE-WAIT at its end that it knows something of.
     pub lives: Vec<Life>,
+    /// Whether that is not all: a process kept the lock of a socket too long.
+    pub is_held_up: bool,
     pub counts: Counts,
     /// CLOCK_MONOTONIC. What became stuck later does not count.
     pub ended: Duration,
@@ -116,12 +118,14 @@ impl Watch {
     /// What the programs have kept cannot be read, or a namespace cannot be entered any more.
     pub fn finish(mut self, after: &Scan) -> Result<Trace, BpfError> {
         self.take(Duration::ZERO, true);
-        // Before the walk: it may be held up.
+        // Before the walk: it may take seconds.
         let not_seen = self.tracer.detach();
-        let (tracer, mut lives) = (&self.tracer, Vec::new());
+        let (tracer, mut lives, mut is_held_up) = (&mut self.tracer, Vec::new(), false);
         for netns in &after.namespaces {
-            let found = netns.within(|| tracer.lives()).map_err(BpfError::Read)?;
-            lives.extend(found?);
+            let is_whole = netns
+                .within(|| tracer.lives(&mut lives))
+                .map_err(BpfError::Read)?;
+            is_held_up |= !is_whole?;
         }
         let counts = self.tracer.counts();
         let lasted = self.ended.saturating_sub(self.begun);
@@ -130,6 +134,7 @@ impl Watch {
             symbols: self.symbols,
             before: self.before,
             lives,
+            is_held_up,
             counts,
             ended: self.ended,
             lasted,

@@ -63,7 +63,7 @@ pub struct Stuck<'a> {
     pub target: &'a Target,
     /// The process whose code it is.
     pub traced: Traced,
-    /// When it became stuck, by CLOCK_MONOTONIC; `None` if that was before the trace.
+    /// When it became stuck, by CLOCK_MONOTONIC; `None` if its FIN was not sampled, or the walk did not come to it.
     pub since: Option<Duration>,
     weight: u64,
 }
@@ -88,11 +88,10 @@ impl Place<'_> {
         (*traced, process.as_ref())
     }
 
-    /// When the first and the last of its sockets became stuck. CLOCK_MONOTONIC.
-    pub fn times(&self) -> (Duration, Duration) {
+    /// When the first and the last of its sockets became stuck, as far as it is known. CLOCK_MONOTONIC.
+    pub fn times(&self) -> Option<(Duration, Duration)> {
         let times = || self.sockets.iter().filter_map(|stuck| stuck.since);
-        let (first, last) = (times().min(), times().max());
-        (first.unwrap_or_default(), last.unwrap_or_default())
+        Some((times().min()?, times().max()?))
     }
 }
 

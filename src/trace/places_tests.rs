@@ -40,6 +40,7 @@ impl Case {
                 symbols: Symbols::default(),
                 before: Default::default(),
                 lives: (1..=sockets).map(life).collect(),
+                is_held_up: false,
                 counts: Default::default(),
                 ended: ENDED,
                 lasted: ENDED,
@@ -163,7 +164,10 @@ fn what_was_stuck_before_or_comes_later_has_no_place() {
     let sockets = &found.places[0].sockets;
     let cookies = sockets.iter().map(|it| it.target.socket.cookie().0);
     assert_eq!(cookies.collect::<Vec<_>>(), [5, 2, 3], "the oldest first");
-    assert_eq!(found.places[0].times(), (Duration::from_secs(2), ENDED));
+    assert_eq!(
+        found.places[0].times(),
+        Some((Duration::from_secs(2), ENDED))
+    );
 }
 
 #[test]

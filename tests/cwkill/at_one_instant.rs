@@ -381,7 +381,7 @@ fn thousands_are_destroyed_and_reported() -> Result<()> {
 }
 
 /// A process that keeps the lock of an open connection on the leaking host.
-fn hanging(lab: &Lab) -> Result<Owner> {
+pub fn hanging(lab: &Lab) -> Result<Owner> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 0)?;
     owner.lock_a_socket()?;
     Ok(owner)

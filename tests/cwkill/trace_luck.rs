@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::at_one_instant::{hanging, walkers};
 use crate::support::{FILE_BY_FUSE, PATIENCE, Ran, at};
 use crate::trace::{Scene, Tracing, codes};
 use crate::trial::{Need, Test, once};
@@ -25,6 +26,8 @@ pub const TESTS: &[Test] = &[
     once!(a_module_of_redis_is_named)
         .needs(Need::Leaky(Leaky::Redis))
         .needs(Need::DebugSymbols),
+    once!(a_process_that_keeps_the_lock_of_a_socket_does_not_hold_the_report_up)
+        .needs(Need::Leaky(Leaky::C)),
     once!(a_program_on_a_hung_mount_is_told)
         .needs(Need::Fuse)
         .slow(),
@@ -103,6 +106,27 @@ impl WithLibrary {
             .open(library)?
             .set_len(0x2000)?)
     }
+}
+
+/// The kernel's walk over sockets waits for the lock of each.
+fn a_process_that_keeps_the_lock_of_a_socket_does_not_hold_the_report_up() -> Result<()> {
+    let scene = Scene::start(Leaky::C)?;
+    let mut owner = hanging(&scene.lab)?;
+    let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
+    scene.visit(b'L', 3)?;
+    scene.until_stuck(3)?;
+    let ran = tracing.interrupted()?.exits(0);
+    let document = ran.json();
+    assert_eq!(at(&document, "/walk_held_up"), "true", "{document:#}");
+    assert_eq!(at(&document, "/became_stuck"), "3", "{document:#}");
+    assert_eq!(functions(&document)[1], "read_to_end", "{document:#}");
+    ran.complains("keeps the lock of a socket");
+    // Nobody waits for its child.
+    assert_eq!(walkers(&scene.lab)?, 1);
+    owner.unlock_the_socket()?;
+    scene
+        .lab
+        .wait_for(PATIENCE, || Ok(walkers(&scene.lab)? == 0))
 }
 
 /// The functions of the first place, the innermost first.

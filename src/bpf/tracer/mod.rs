@@ -10,11 +10,16 @@
 mod programs;
 mod slots;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use rustix::fs::MemfdFlags;
+
+use super::walk::{self, End};
 use super::{BpfError, NotSeen};
-use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint};
+use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint, Walker};
 use slots::{OPENED, READS, SLOT, Slots};
 pub use slots::{Sample, Traced};
 
@@ -23,6 +28,7 @@ pub use slots::{Sample, Traced};
 pub struct Tracer {
     attached: Vec<Tracepoint>,
     iterator: Iterator,
+    walker: Walker,
     slots: Slots,
     counters: Shared,
     not_seen: NotSeen,
@@ -92,7 +98,9 @@ const CLOSED_COUNT: usize = 3;
 /// A connection that is opened, or that the peer closes, is sampled if a random number has none of these bits.
 const OPENED_MASK: usize = 4;
 const CLOSED_MASK: usize = 5;
-const COUNTERS: usize = 6;
+/// The sockets that the walk has shown.
+const SHOWN_COUNT: usize = 6;
+const COUNTERS: usize = 7;
 
 const NAMES: [Name; 14] = [
     Name::Tracepoint("inet_sock_set_state"),
@@ -148,6 +156,7 @@ impl Tracer {
         Ok(Tracer {
             attached,
             iterator,
+            walker: Walker::start().map_err(BpfError::Walker)?,
             slots: Slots::new(slots),
             counters,
             not_seen,
@@ -190,24 +199,43 @@ impl Tracer {
         }
     }
 
-    /// What is known of the sockets that are in CLOSE-WAIT now in the network namespace of the calling thread. Until Linux 5.19 it takes
-    /// CAP_BPF.
-    ///
-    /// Since Linux 5.15 the walk waits for the lock of each socket (net/ipv4/tcp_ipv4.c, bpf_iter_tcp_seq_show), so a process that hangs in a call
-    /// for one holds it up: detach first.
+    /// Adds to `lives` what is known of the sockets that are in CLOSE-WAIT now in the network namespace of the calling thread. Until Linux 5.19
+    /// it takes CAP_BPF. Returns whether that is all: since Linux 5.15 the walk waits for the lock of each socket (net/ipv4/tcp_ipv4.c,
+    /// bpf_iter_tcp_seq_show), and is left if it waits too long.
     ///
     /// The sockets of the namespace are walked. An iterator over all sockets with storage would be one walk for all, but it lets programs write
     /// into the storage, which some kernels forbid [measured: EPERM on a guest with Linux 6.18.44].
     ///
     /// # Errors
-    /// [`BpfError::Refused`], [`BpfError::Read`].
-    pub fn lives(&self) -> Result<Vec<Life>, BpfError> {
-        let mut lives = Vec::new();
-        self.iterator.run(|records| {
-            lives.extend(records.iter().map(parse));
-            true
-        })?;
-        Ok(lives)
+    /// [`BpfError::Refused`], [`BpfError::Read`], [`BpfError::Walker`].
+    pub fn lives(&mut self, lives: &mut Vec<Life>) -> Result<bool, BpfError> {
+        if self.walker.is_walking() {
+            // It is held up in another namespace.
+            self.walker = Walker::start().map_err(BpfError::Walker)?;
+        }
+        let flags = MemfdFlags::CLOEXEC;
+        let records = rustix::fs::memfd_create(c"cwkill-lives", flags)
+            .map_err(|error| BpfError::Walker(error.into()))?;
+        let iterator = self.iterator.begin()?;
+        self.walker
+            .begin(&iterator, Some(&records))
+            .map_err(BpfError::Walker)?;
+        let shown = &self.counters.numbers()[SHOWN_COUNT];
+        let shown = || shown.load(Ordering::Relaxed);
+        let is_whole = match walk::wait(&mut self.walker, shown, || true) {
+            End::Whole => true,
+            End::Stopped | End::HeldUp => false,
+            End::Failed(error) => return Err(error),
+        };
+        // Not from where the file stands: a walker that was left writes there later.
+        let records = File::from(records);
+        let len = records.metadata().map_err(BpfError::Read)?.len();
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
+        let read = records.read_exact_at(&mut bytes, 0);
+        read.map_err(BpfError::Read)?;
+        // The last one may be cut, if the walk was left.
+        lives.extend(bytes.as_chunks().0.iter().map(parse));
+        Ok(is_whole)
     }
 }
 

@@ -6,7 +6,7 @@ use super::slots::{
 use super::slots::{OPENED, PART, READS, READY, STACK};
 use super::{
     ACCEPTED, CLOSED_COUNT, CLOSED_MASK, CONNECTED, COOKIE, IS_READ, LIFE, Maps, NO_SLOT_COUNT,
-    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_COUNT, READ_SLOT, STUCK_SINCE, WEIGHT,
+    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_COUNT, READ_SLOT, SHOWN_COUNT, STUCK_SINCE, WEIGHT,
 };
 use crate::sys::bpf::Register::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
 use crate::sys::bpf::{Asm, Btf, BtfError, Field, Helper, Insn, Label, Register, Size};
@@ -266,12 +266,11 @@ pub(super) fn report(btf: &Btf, maps: &Maps) -> Program {
     let sk_state = ctx_sk.to.number("skc_state", Size::U8)?;
     let mut asm = Asm::default();
     let end = asm.label();
-    // if (!ctx->sk_common || ctx->sk_common->skc_state != TCP_CLOSE_WAIT) return 0;
-    asm.copy(R9, R1)
-        .follow(SK, R9, &ctx_sk)
-        .if_is(SK, 0, end)
-        .load(R2, SK, sk_state)
-        .if_not(R2, TCP_CLOSE_WAIT, end);
+    // if (!ctx->sk_common) return 0;
+    asm.copy(R9, R1).follow(SK, R9, &ctx_sk).if_is(SK, 0, end);
+    count(&mut asm, maps, SHOWN_COUNT);
+    // if (ctx->sk_common->skc_state != TCP_CLOSE_WAIT) return 0;
+    asm.load(R2, SK, sk_state).if_not(R2, TCP_CLOSE_WAIT, end);
     get_storage(&mut asm, maps, 0, end);
     // bpf_seq_write(ctx->meta->seq, mine, 8 * LIFE);
     asm.follow(R1, R9, &ctx_meta)

@@ -57,6 +57,7 @@ pub fn write(
         connections_opened: trace.counts.opened,
         closed_by_peer: trace.counts.closed_by_peer,
         samples_missed: trace.symbols.missed,
+        walk_held_up: trace.is_held_up,
         younger: scan.younger,
         in_use: scan.in_use,
         unreadable_processes: coverage.unreadable_processes,
@@ -97,6 +98,8 @@ struct Document<'a> {
     connections_opened: u64,
     closed_by_peer: u64,
     samples_missed: usize,
+    /// Whether a process kept the lock of a socket, so that of some it is not known when they became stuck.
+    walk_held_up: bool,
     younger: usize,
     in_use: usize,
     unreadable_processes: usize,
@@ -118,9 +121,9 @@ struct JsonPlace<'a> {
     count: usize,
     /// Its part of `became_stuck`; an estimate if `place_unknown` is not 0.
     share: f64,
-    /// When the first and the last of them became stuck, in RFC 3339.
-    first_stuck: String,
-    last_stuck: String,
+    /// When the first and the last of them became stuck, in RFC 3339; null if it is known of none.
+    first_stuck: Option<String>,
+    last_stuck: Option<String>,
     end_was_read: bool,
     /// Where the end was read; null if nobody has read it, or if it was not seen where.
     read: Option<JsonStack<'a>>,
@@ -179,7 +182,7 @@ struct JsonProblem<'a> {
 }
 
 fn place<'a>(place: &'a Place<'_>) -> JsonPlace<'a> {
-    let (first, last) = place.times();
+    let times = place.times();
     let (traced, process) = place.process();
     let process = process.map(|process| &**process);
     let sockets = place.sockets.iter().take(MAX_SOCKETS);
@@ -190,8 +193,8 @@ fn place<'a>(place: &'a Place<'_>) -> JsonPlace<'a> {
         container: process.and_then(container),
         count: place.sockets.len(),
         share: place.share,
-        first_stuck: clock(first),
-        last_stuck: clock(last),
+        first_stuck: times.map(|(first, _)| clock(first)),
+        last_stuck: times.map(|(_, last)| clock(last)),
         end_was_read: !matches!(place.end, End::NotRead),
         read: match place.end {
             End::ReadAt(read) => Some(stack(read)),

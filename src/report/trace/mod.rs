@@ -52,6 +52,13 @@ pub fn notes(trace: &Trace, scan: &Scan, found: &Places<'_>) -> Vec<String> {
             trace.symbols.missed,
         ));
     }
+    if trace.is_held_up && found.new > 0 {
+        notes.push(
+            "a process keeps the lock of a socket (it may hang in a send), so of some sockets it is not known since when they are stuck, and \
+             the shares are less exact"
+                .to_owned(),
+        );
+    }
     if let Some(error) = &trace.not_seen.accepts
         && found.new > 0
     {

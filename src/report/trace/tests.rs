@@ -59,6 +59,7 @@ fn trace(not_seen: NotSeen) -> Trace {
         symbols,
         before: [].into(),
         lives: (1..=4).map(life).collect(),
+        is_held_up: false,
         counts: Counts::default(),
         ended: Duration::MAX,
         lasted: Duration::from_secs(60),

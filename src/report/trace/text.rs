@@ -137,11 +137,11 @@ fn write_place(
     if place.processes.len() > 1 {
         name += &format!(" and {} more", place.processes.len() - 1);
     }
-    let (first, last) = place.times();
-    let (first, last) = (clock(first), clock(last));
-    let when = match first == last {
-        true => format!("since {first}"),
-        false => format!("from {first} to {last}"),
+    let times = place.times();
+    let when = match times.map(|(first, last)| (clock(first), clock(last))) {
+        None => String::new(),
+        Some((first, last)) if first == last => format!(", stuck since {first}"),
+        Some((first, last)) => format!(", stuck from {first} to {last}"),
     };
     let share = percent(place.share);
     let part = match place.end {
@@ -150,7 +150,7 @@ fn write_place(
         }
         _ => format!("{count} of {} ({share} %)", found.new),
     };
-    let head = format!("{number}. {name}: {part}, stuck {when}");
+    let head = format!("{number}. {name}: {part}{when}");
     for line in rows(&head, style) {
         let bold = Paint::new().bold();
         writeln!(out, "{}", painted(&line, bold, style))?;

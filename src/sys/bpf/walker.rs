@@ -62,28 +62,29 @@ impl Walker {
         })
     }
 
-    /// Has the walker read `iterator` to its end. It must not be walking. If somebody has killed it, perhaps the OOM killer, another one is
-    /// started.
+    /// Has the walker read `iterator` to its end, and write what it reads to `records`. It must not be walking. If somebody has killed it,
+    /// perhaps the OOM killer, another one is started.
     ///
     /// # Errors
     /// As [`Walker::start`]. EPIPE: the other one was killed, too.
-    pub fn begin(&mut self, iterator: &OwnedFd) -> io::Result<()> {
-        let mut sent = self.send(iterator);
+    pub fn begin(&mut self, iterator: &OwnedFd, records: Option<&OwnedFd>) -> io::Result<()> {
+        let mut sent = self.send(iterator, records);
         if matches!(&sent, Err(error) if error.raw_os_error() == Some(libc::EPIPE)) {
             *self = Walker::start()?;
-            sent = self.send(iterator);
+            sent = self.send(iterator, records);
         }
         sent?;
         self.is_walking = true;
         Ok(())
     }
 
-    fn send(&self, iterator: &OwnedFd) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    fn send(&self, iterator: &OwnedFd, records: Option<&OwnedFd>) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [iterator.as_fd()];
-        let fits = control.push(SendAncillaryMessage::ScmRights(&fds));
-        assert!(fits, "room for one descriptor");
+        let fds = [iterator.as_fd(), records.unwrap_or(iterator).as_fd()];
+        let sent = &fds[..1 + usize::from(records.is_some())];
+        let fits = control.push(SendAncillaryMessage::ScmRights(sent));
+        assert!(fits, "room for two descriptors");
         let byte = [IoSlice::new(&[0])];
         rustix::net::sendmsg(&self.channel, &byte, &mut control, SendFlags::NOSIGNAL)?;
         Ok(())
@@ -175,36 +176,41 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
 }
 
 fn walk_on_order(channel: &OwnedFd) -> io::Result<()> {
-    while let Some(iterator) = receive(channel)? {
-        let errno = read_to_end(&iterator);
-        drop(iterator);
+    while let Some((iterator, records)) = receive(channel)? {
+        let errno = read_to_end(&iterator, records.as_ref());
+        drop((iterator, records));
         nix::unistd::write(channel, &errno.to_ne_bytes())?;
     }
     Ok(())
 }
 
-/// The next iterator; `None` if cwkill has ended.
-fn receive(channel: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+/// The next iterator, and where its records go; `None` if cwkill has ended.
+fn receive(channel: &OwnedFd) -> io::Result<Option<(OwnedFd, Option<OwnedFd>)>> {
     let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut bytes = [IoSliceMut::new(&mut byte)];
     rustix::net::recvmsg(channel, &mut bytes, &mut control, RecvFlags::CMSG_CLOEXEC)?;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(mut fds) = message {
-            return Ok(fds.next());
+            return Ok(fds.next().map(|iterator| (iterator, fds.next())));
         }
     }
     Ok(None)
 }
 
-/// Reads to the end. Returns the errno of the read that failed, or 0.
-fn read_to_end(iterator: &OwnedFd) -> i32 {
-    let mut buffer = [0; 512];
+/// Reads to the end, and writes it to `records`, a file in memory. Returns the errno of the call that failed, or 0.
+fn read_to_end(iterator: &OwnedFd, records: Option<&OwnedFd>) -> i32 {
+    let mut buffer = [0; 4096];
     let mut pauses = 0;
     loop {
-        match nix::unistd::read(iterator, &mut buffer) {
-            Ok(0) => return 0,
+        let read = nix::unistd::read(iterator, &mut buffer);
+        let written = match (read, records) {
+            (Ok(0), _) => return 0,
+            (Ok(read), Some(records)) => nix::unistd::write(records, &buffer[..read]),
+            (read, _) => read,
+        };
+        match written {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) if pauses < MAX_PAUSES => pauses += 1,
             Err(errno) => return errno as i32,
@@ -232,7 +238,7 @@ mod tests {
         let mut walker = Walker::start().unwrap();
         for _ in 0..3 {
             let (ours, theirs) = pipe();
-            walker.begin(&ours).unwrap();
+            walker.begin(&ours, None).unwrap();
             drop(ours);
             nix::unistd::write(&theirs, &[0; 1000]).unwrap();
             assert!(walker.result(20).is_none());
@@ -240,9 +246,25 @@ mod tests {
             walker.result(LONG).unwrap().unwrap();
         }
         let directory: OwnedFd = File::open("/").unwrap().into();
-        walker.begin(&directory).unwrap();
+        walker.begin(&directory, None).unwrap();
         let error = walker.result(LONG).unwrap().unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EISDIR));
+    }
+
+    #[test]
+    fn it_writes_what_it_reads() {
+        use std::io::{Read, Seek, Write};
+        let mut walker = Walker::start().unwrap();
+        let (ours, theirs) = pipe();
+        let mut records = tempfile::tempfile().unwrap();
+        let to: OwnedFd = records.try_clone().unwrap().into();
+        walker.begin(&ours, Some(&to)).unwrap();
+        File::from(theirs).write_all(&[7; 10_000]).unwrap();
+        walker.result(LONG).unwrap().unwrap();
+        records.rewind().unwrap();
+        let mut read = Vec::new();
+        records.read_to_end(&mut read).unwrap();
+        assert_eq!(read, [7; 10_000]);
     }
 
     /// The walker has only its channel, so the pipe ends with the last descriptor of the test.
@@ -265,7 +287,7 @@ mod tests {
     fn a_killed_walker_is_an_error() {
         let mut walker = Walker::start().unwrap();
         let (ours, _theirs) = pipe();
-        walker.begin(&ours).unwrap();
+        walker.begin(&ours, None).unwrap();
         let raw = rustix::process::Pid::from_raw(walker.pid.as_raw()).unwrap();
         rustix::process::kill_process(raw, rustix::process::Signal::KILL).unwrap();
         let error = walker.result(LONG).unwrap().unwrap_err();
@@ -273,7 +295,7 @@ mod tests {
         // The next walk has another walker.
         let (ours, theirs) = pipe();
         drop(theirs);
-        walker.begin(&ours).unwrap();
+        walker.begin(&ours, None).unwrap();
         walker.result(LONG).unwrap().unwrap();
     }
 
@@ -282,7 +304,7 @@ mod tests {
     fn a_walker_that_walks_is_left_behind() {
         let (ours, theirs) = pipe();
         let mut walker = Walker::start().unwrap();
-        walker.begin(&ours).unwrap();
+        walker.begin(&ours, None).unwrap();
         let pid = walker.pid;
         drop(walker);
         drop(theirs);
