@@ -39,6 +39,8 @@ pub struct NotSeen {
     pub reads: Option<String>,
     /// Where a connection is accepted.
     pub accepts: Option<String>,
+    /// What programs at functions would have seen after `kernel.ftrace_enabled` became 0.
+    pub later: bool,
 }
 
 /// The `L` bytes of a record at a place from its end: a program has the record on its stack, which grows downwards.

@@ -149,6 +149,7 @@ impl Tracer {
         let not_seen = NotSeen {
             reads: keep(attach_read(btf, &maps)),
             accepts: keep(attach_accept(btf, &maps)),
+            later: false,
         };
         let Maps {
             slots, counters, ..
@@ -165,8 +166,11 @@ impl Tracer {
 
     /// Detaches the programs. Returns what they have not seen. What they have kept stays.
     pub fn detach(&mut self) -> NotSeen {
-        self.attached.clear();
-        std::mem::take(&mut self.not_seen)
+        let later = !self.attached.drain(..).all(|program| program.is_run());
+        NotSeen {
+            later,
+            ..std::mem::take(&mut self.not_seen)
+        }
     }
 
     /// Empties the slots: those of reads that are `age` old, and those of connections that were opened, however old they are.

@@ -52,6 +52,7 @@ pub fn write(
         not_read_by: found.unread.iter().map(unread).collect(),
         reads_not_seen: trace.not_seen.reads.as_deref(),
         accepts_not_seen: trace.not_seen.accepts.as_deref(),
+        not_seen_later: trace.not_seen.later,
         ends_sampled: trace.counts.reads,
         ends_sampled_without_stack: trace.counts.reads_without_slot,
         connections_opened: trace.counts.opened,
@@ -93,6 +94,8 @@ struct Document<'a> {
     /// Why it was not seen where ends are read: the places are then where connections were opened.
     reads_not_seen: Option<&'a str>,
     accepts_not_seen: Option<&'a str>,
+    /// Whether `kernel.ftrace_enabled` became 0 during the trace.
+    not_seen_later: bool,
     ends_sampled: u64,
     ends_sampled_without_stack: u64,
     connections_opened: u64,

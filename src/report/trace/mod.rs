@@ -52,6 +52,12 @@ pub fn notes(trace: &Trace, scan: &Scan, found: &Places<'_>) -> Vec<String> {
             trace.symbols.missed,
         ));
     }
+    if trace.not_seen.later {
+        notes.push(
+            "kernel.ftrace_enabled became 0 during the trace: from then on it was not seen who accepted, nor, before Linux 6.3, where ends were read"
+                .to_owned(),
+        );
+    }
     if trace.is_held_up && found.new > 0 {
         notes.push(
             "a process keeps the lock of a socket (it may hang in a send), so of some sockets it is not known since when they are stuck, and \

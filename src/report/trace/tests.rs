@@ -71,7 +71,35 @@ fn without_reads() -> Trace {
     trace(NotSeen {
         reads: Some("the kernel refuses".into()),
         accepts: Some("it refuses this, too".into()),
+        later: false,
     })
+}
+
+#[test]
+fn what_a_trace_could_not_see_is_told() {
+    let scan = scan();
+    let mut trace = trace(NotSeen {
+        later: true,
+        ..NotSeen::default()
+    });
+    trace.is_held_up = true;
+    trace.lives.clear();
+    let found = places::find(&trace, &scan);
+    assert_eq!(found.places[0].times(), None);
+    let notes = notes(&trace, &scan, &found);
+    for text in ["ftrace_enabled became 0", "keeps the lock of a socket"] {
+        let is_told = notes.iter().any(|note| note.contains(text));
+        assert!(is_told, "{text}: {notes:?}");
+    }
+    let style = text::Style {
+        columns: None,
+        color: false,
+        verbose: false,
+    };
+    let mut out = Vec::new();
+    text::write(&trace, &found, style, &mut out).unwrap();
+    let text = String::from_utf8(out).unwrap();
+    assert!(!text.contains("since"), "{text}");
 }
 
 #[test]

@@ -33,6 +33,7 @@ pub enum Hook {
 /// An attached program. It is detached when this is dropped.
 #[derive(Debug)]
 pub struct Tracepoint {
+    hook: Hook,
     _link: OwnedFd,
 }
 
@@ -43,7 +44,7 @@ impl Tracepoint {
     /// [`BpfError::Refused`], or [`BpfError::Verifier`] with what the verifier says. [`BpfError::FunctionsNotTraced`]: the kernel would attach
     /// the program and never run it.
     pub fn attach(name: &str, program: &[Insn], hook: Hook) -> Result<Self, BpfError> {
-        if !matches!(hook, Hook::Tracepoint(_)) && !functions_are_traced() {
+        if !is_run(hook) {
             return Err(BpfError::FunctionsNotTraced);
         }
         let (kind, target) = match hook {
@@ -58,13 +59,19 @@ impl Tracepoint {
         };
         let link = bpf_fd(RAW_TRACEPOINT_OPEN, &mut attr);
         // The link keeps the program.
-        link.map(|link| Tracepoint { _link: link })
+        link.map(|link| Tracepoint { hook, _link: link })
             .map_err(|error| BpfError::Refused("to attach a program", error))
+    }
+
+    /// Whether the kernel still runs it.
+    pub fn is_run(&self) -> bool {
+        is_run(self.hook)
     }
 }
 
-/// A security hook is a function, too.
-fn functions_are_traced() -> bool {
-    let enabled = std::fs::read_to_string("/proc/sys/kernel/ftrace_enabled");
-    enabled.map_or(true, |enabled| enabled.trim_end() != "0")
+/// Whether the kernel runs programs there. It runs none at functions while `kernel.ftrace_enabled` is 0; a security hook is a function, too.
+fn is_run(hook: Hook) -> bool {
+    let enabled = || std::fs::read_to_string("/proc/sys/kernel/ftrace_enabled");
+    let is_traced = || enabled().map_or(true, |enabled| enabled.trim_end() != "0");
+    matches!(hook, Hook::Tracepoint(_)) || is_traced()
 }
