@@ -31,21 +31,34 @@ pub struct Answer {
     pub number: Option<usize>,
     /// The stack, if this number was not used before, or if more is known of it now.
     pub stack: Option<Stack>,
-}
-
-/// What comes after the last answer, another line.
-#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LastWords {
-    /// Stacks of which more is known now.
-    pub again: Vec<Answer>,
-    /// What keeps stacks of this process from telling more.
+    /// What keeps stacks of this process from telling more, as far as it was not said before.
     pub problems: BTreeSet<Problem>,
 }
 
-/// The longest answer in bytes.
-const MAX_LINE: u64 = 4 << 20;
+/// What comes after the last answer, each in a line of its own.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LastWord {
+    /// A stack of which more is known now.
+    Again(Answer),
+    /// The last one.
+    End(BTreeSet<Problem>),
+}
+
+/// The longest line in bytes. A stack has at most 256 functions, each with three names of 1,024 characters, and one of these takes up to 6 bytes.
+const MAX_LINE: u64 = 8 << 20;
 /// The numbers before the stack.
 const HEAD: usize = 6;
+
+impl Answer {
+    /// Nothing is known of the stack.
+    pub fn unknown(problems: BTreeSet<Problem>) -> Self {
+        Answer {
+            number: None,
+            stack: None,
+            problems,
+        }
+    }
+}
 
 impl Question {
     /// # Errors
@@ -90,7 +103,7 @@ impl Question {
     }
 }
 
-/// Writes an answer, or the last words.
+/// Writes an answer, or a last word.
 ///
 /// # Errors
 /// As write(2).
@@ -101,7 +114,7 @@ pub fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()
     out.flush()
 }
 
-/// Reads an answer, or the last words. `None` at the end, and for a line that is too long or is none of the reader's.
+/// Reads an answer, or a last word. `None` at the end, and for a line that is too long or is none of the reader's.
 pub fn read_line<T: DeserializeOwned>(input: &mut impl BufRead) -> Option<T> {
     let mut line = Vec::new();
     input.take(MAX_LINE).read_until(b'\n', &mut line).ok()?;

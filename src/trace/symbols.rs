@@ -11,7 +11,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use super::problem::Problem;
-use super::protocol::{Answer, LastWords, Question, read_line};
+use super::protocol::{Answer, LastWord, Question, read_line};
 use super::stack::Stack;
 use crate::bpf::tracer::{Sample, Traced};
 
@@ -102,16 +102,21 @@ enum Report {
         opens: bool,
         answer: Answer,
     },
+    /// More is known of a stack.
+    Again {
+        reader: (Traced, u64),
+        answer: Answer,
+    },
     /// The reader broke off at this sample. Those after it wait still.
     BrokeOff {
         reader: (Traced, u64),
         sample: Sample,
         waiting: Receiver<Sample>,
     },
-    /// The reader has no more to say. `None`: it broke off.
+    /// The reader has no more to say but what keeps stacks from telling more. `None`: it broke off.
     End {
         reader: (Traced, u64),
-        last: Option<LastWords>,
+        problems: Option<BTreeSet<Problem>>,
     },
 }
 
@@ -188,7 +193,8 @@ impl Symbols {
         }
     }
 
-    /// Starts a reader that is asked about `first` and about what waits, and returns it with its serial number.
+    /// Starts a reader that is asked about `first` and about what waits, and returns it with its serial number. If that fails, these samples count
+    /// as missed.
     fn start(
         &mut self,
         process: Traced,
@@ -200,14 +206,17 @@ impl Symbols {
         let serial = self.started;
         let (reports, _) = self.reports.get_or_insert_with(channel);
         let reports = reports.clone();
-        let mut child = Command::new("/proc/self/exe")
+        let child = Command::new("/proc/self/exe")
             .args([COMMAND, &pid.to_string(), &process.started.to_string()])
             // Ctrl-C is for cwkill alone.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            .spawn()?;
+            .spawn();
+        let mut child = child.inspect_err(|_| {
+            self.missed += waiting.try_iter().chain(first.clone()).count();
+        })?;
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
@@ -244,6 +253,7 @@ impl Symbols {
         let answer = Answer {
             number: Some(0),
             stack: Some(stack),
+            problems: BTreeSet::new(),
         };
         self.note(Report::Stack {
             reader: (process, 0),
@@ -288,9 +298,9 @@ impl Symbols {
                 answer,
             } => {
                 let number = answer.number;
-                self.keep(reader, answer);
+                let is_kept = self.keep(reader, answer);
                 match number {
-                    Some(number) if self.places.len() < MAX_PLACES => {
+                    Some(number) if is_kept && self.places.len() < MAX_PLACES => {
                         let id = StackId {
                             process: reader.0,
                             reader: reader.1,
@@ -309,6 +319,9 @@ impl Symbols {
                     self.places.remove(&(oldest, true));
                 }
             }
+            Report::Again { reader, answer } => {
+                self.keep(reader, answer);
+            }
             Report::BrokeOff {
                 reader,
                 sample,
@@ -322,27 +335,26 @@ impl Symbols {
                     if self.given_up.len() < MAX_REMEMBERED {
                         self.given_up.insert(reader.0);
                     }
-                } else if let Ok((child, serial)) = self.start(reader.0, Some(sample), waiting)
-                    && let Some(now) = self.readers.get_mut(&reader.0)
-                {
+                    return self.note_end(reader, [Problem::Damaged].into());
+                }
+                let Ok((child, serial)) = self.start(reader.0, Some(sample), waiting) else {
+                    return self.note_end(reader, [Problem::NotStarted].into());
+                };
+                if let Some(now) = self.readers.get_mut(&reader.0) {
                     (now.serial, now.broke_off_at) = (serial, at);
                     self.ended.push(std::mem::replace(&mut now.child, child));
-                    return;
                 }
-                self.note_end(reader, None);
             }
-            Report::End { reader, last } => self.note_end(reader, last),
+            Report::End { reader, problems } => {
+                let problems = problems.unwrap_or_else(|| [Problem::Damaged].into());
+                self.note_end(reader, problems);
+            }
         }
     }
 
-    fn note_end(&mut self, reader: (Traced, u64), last: Option<LastWords>) {
-        let last = last.unwrap_or_else(|| LastWords {
-            problems: [Problem::Damaged].into(),
-            ..LastWords::default()
-        });
-        last.again.into_iter().for_each(|it| self.keep(reader, it));
+    fn note_end(&mut self, reader: (Traced, u64), problems: BTreeSet<Problem>) {
         let stacks = self.processes.entry(reader).or_default();
-        stacks.problems.extend(last.problems);
+        stacks.problems.extend(problems);
         if let Some(mut reader) = self.readers.remove(&reader.0) {
             end(&mut reader.child);
             self.ended.push(reader.child);
@@ -350,16 +362,23 @@ impl Symbols {
         self.forget_unused();
     }
 
-    fn keep(&mut self, reader: (Traced, u64), answer: Answer) {
+    /// Returns whether the stack of this number is known now: further ones are not kept if those of all processes take too much memory.
+    fn keep(&mut self, reader: (Traced, u64), answer: Answer) -> bool {
         let stacks = self.processes.entry(reader).or_default();
-        if let (Some(number), Some(stack)) = (answer.number, answer.stack)
+        stacks.problems.extend(answer.problems);
+        let Some(number) = answer.number else {
+            return false;
+        };
+        if let Some(stack) = answer.stack
             && self.bytes < MAX_BYTES
         {
             let bytes = stack.bytes();
-            stacks.bytes += bytes;
-            self.bytes += bytes;
-            stacks.stacks.insert(number, stack);
+            let before = stacks.stacks.insert(number, stack);
+            let freed = before.map_or(0, |stack| stack.bytes());
+            stacks.bytes = stacks.bytes + bytes - freed;
+            self.bytes = self.bytes + bytes - freed;
         }
+        stacks.stacks.contains_key(&number)
     }
 
     /// Forgets processes whose stacks no place names, if many are remembered.
@@ -454,8 +473,17 @@ fn ask_all(
         });
     }
     drop(input);
-    let last = read_line(&mut output);
-    Report::End { reader, last }
+    loop {
+        let problems = match read_line(&mut output) {
+            Some(LastWord::Again(answer)) => {
+                let _ = reports.send(Report::Again { reader, answer });
+                continue;
+            }
+            Some(LastWord::End(problems)) => Some(problems),
+            None => None,
+        };
+        return Report::End { reader, problems };
+    }
 }
 
 #[cfg(test)]

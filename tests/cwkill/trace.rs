@@ -3,10 +3,10 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use netns_harness::owners::leaks::{Leaker, Leaky};
 use netns_harness::{Agent, Dial, Family, Lab, TcpState};
 use nix::sys::signal::{Signal, kill};
@@ -31,6 +31,9 @@ pub const TESTS: &[Test] = &[
     once!(two_leaks_have_their_shares).needs(Need::Leaky(Leaky::C)),
     once!(a_client_has_the_line_that_connects).needs(Need::Leaky(Leaky::Connect)),
     once!(what_was_stuck_before_is_counted).needs(Need::Iterator),
+    once!(a_container_has_its_own_debug_symbols)
+        .needs(Need::Leaky(Leaky::C))
+        .needs(Need::RootOfTheMachine),
     once!(a_deleted_program_has_its_lines).needs(Need::Leaky(Leaky::C)),
     once!(a_trace_ends_by_itself).needs(Need::Iterator),
     once!(a_person_gets_the_place_and_the_next_caller).needs(Need::Leaky(Leaky::C)),
@@ -413,6 +416,43 @@ fn what_was_stuck_before_is_counted() -> Result<()> {
 }
 
 /// As after an upgrade of its package.
+/// In a mount namespace of its own, by the build id alone.
+fn a_container_has_its_own_debug_symbols() -> Result<()> {
+    const PREPARE: &str = r#"
+set -eu
+cd "$1"
+cc -O2 -g -static -o leak -x c "$2"
+id=$(readelf --notes leak | sed -n 's/.*Build ID: //p')
+directory=usr/lib/debug/.build-id/$(printf %.2s "$id")
+mkdir -p "$directory" old
+objcopy --only-keep-debug leak "$directory/${id#??}.debug"
+strip leak
+"#;
+    let root = tempfile::tempdir()?;
+    let source = tempfile::NamedTempFile::new()?;
+    let (_, text) = Leaky::C.source();
+    fs::write(source.path(), text)?;
+    let prepared = Command::new("sh")
+        .args(["-c", PREPARE, "sh"])
+        .args([root.path(), source.path()])
+        .output()?;
+    ensure!(prepared.status.success(), "{prepared:?}");
+    let root = root.path().to_str().context("a path of letters")?;
+    const ENTER: &str =
+        r#"mount --bind "$0" "$0" && cd "$0" && pivot_root . old && exec /leak 7000"#;
+    let wrapper = ["unshare", "-m", "sh", "-c", ENTER, root];
+    let scene = Scene::start_through(&wrapper, Leaky::C)?;
+    let document = scene.leaks(3)?;
+    let stack = &document["places"][0]["read"];
+    let own = stack["first_own_frame"].as_u64().context("no own frame")?;
+    let frame = |at: u64| &stack["frames"][usize::try_from(at).unwrap_or_default()];
+    assert_eq!(at(frame(own), "/function"), "read_to_end", "{document:#}");
+    let line = Leaky::C.line_of("the leak").map(|line| line.to_string());
+    assert_eq!(Some(at(frame(own + 1), "/line")), line, "{document:#}");
+    assert_eq!(at(frame(own), "/module"), "/leak", "{document:#}");
+    Ok(())
+}
+
 fn a_deleted_program_has_its_lines() -> Result<()> {
     let scene = Scene::start(Leaky::C)?;
     std::fs::remove_file(scene.server.file())?;

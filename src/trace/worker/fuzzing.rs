@@ -19,7 +19,7 @@ use super::perf_map::{self, PerfMap};
 use super::unwind::Unwinder;
 use super::{MAX_FRAMES, TracedProcess, program};
 use crate::trace::origin::Origin;
-use crate::trace::protocol::{Answer, LastWords, Question, read_line, write_line};
+use crate::trace::protocol::{Answer, LastWord, Question, read_line, write_line};
 use crate::trace::stack::{Frame, Stack};
 
 /// Any text, and lines that overlap: of those with the nearest start, the last one holds.
@@ -82,7 +82,7 @@ pub fn protocol(data: &[u8]) {
         assert_eq!(again.as_ref(), Some(&question));
     }
     same_again(read_line::<Answer>(&mut &*data));
-    same_again(read_line::<LastWords>(&mut &*data));
+    same_again(read_line::<LastWord>(&mut &*data));
     let text = String::from_utf8_lossy(data);
     let names: Vec<&str> = text.split(' ').collect();
     let frame = |names: &[&str]| Frame {
@@ -100,6 +100,7 @@ pub fn protocol(data: &[u8]) {
             frames: names.chunks(3).map(frame).collect(),
             ..Stack::default()
         }),
+        problems: BTreeSet::new(),
     }));
 }
 
@@ -220,6 +221,6 @@ impl Program {
         for address in &self.functions {
             traced.names.frames(*address, &traced.memory);
         }
-        traced.finish();
+        traced.finish(|_| Ok(())).expect("nothing is written");
     }
 }

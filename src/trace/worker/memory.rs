@@ -28,7 +28,7 @@ pub enum CodeSource {
 }
 
 /// A mapped file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mapped {
     /// Its name, as the process sees it, without the mark of a deleted file.
     pub name: String,
@@ -135,6 +135,7 @@ fn code(line: &str) -> Option<Code> {
     let device = words.next()?;
     let inode = words.next()?.parse().ok()?;
     let from = match words.next()?.trim_start_matches(' ') {
+        name if is_made_at_run_time(name) => CodeSource::RunTime,
         name if name.starts_with('/') => CodeSource::File(Mapped {
             name: name.strip_suffix(DELETED).unwrap_or(name).to_owned(),
             device: device.to_owned(),
@@ -149,6 +150,17 @@ fn code(line: &str) -> Option<Code> {
         offset,
         from,
     })
+}
+
+/// Files in memory that runtimes put code into, to have it mapped twice: .NET, QEMU, and any with large pages.
+fn is_made_at_run_time(name: &str) -> bool {
+    const FILES: [&str; 4] = [
+        "/memfd:doublemapper",
+        "/memfd:tcg-jit",
+        "/anon_hugepage",
+        "/dev/zero",
+    ];
+    FILES.contains(&name.strip_suffix(DELETED).unwrap_or(name))
 }
 
 pub fn base(name: &str) -> &str {
@@ -197,6 +209,8 @@ mod tests {
 7000-8000 r-xp 0000
 8000-9000 r-xp 00001000 00:1f 99   /srv/a b \xe9.so (deleted)
 9000-a000 r-xp 00000000 00:1f 98   /SYSV
+a000-b000 rwxs 00000000 00:01 97   /memfd:doublemapper (deleted)
+b000-c000 r-xp 00000000 00:01 96   /memfd:runc_cloned:/proc/self/exe (deleted)
 ";
         let file = |name: &str, device: &str, inode| {
             CodeSource::File(Mapped {
@@ -205,6 +219,7 @@ mod tests {
                 inode,
             })
         };
+        let cloned = "/memfd:runc_cloned:/proc/self/exe";
         let code = [
             (0x3000, 0x5000, 0x2000, file("/srv/app", "fe:01", 7)),
             (0x5000, 0x6000, 0, CodeSource::RunTime),
@@ -217,6 +232,9 @@ mod tests {
             ),
             // Not a part of memory that processes share (shmget(2)), though its name begins like one's.
             (0x9000, 0xa000, 0, file("/SYSV", "00:1f", 98)),
+            (0xa000, 0xb000, 0, CodeSource::RunTime),
+            // A program can be run from memory.
+            (0xb000, 0xc000, 0, file(cloned, "00:01", 96)),
         ];
         let code = code.map(|(start, end, offset, from)| Code {
             start,

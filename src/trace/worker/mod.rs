@@ -6,6 +6,7 @@
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod memory;
+mod module;
 mod names;
 mod perf_map;
 mod unwind;
@@ -22,7 +23,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, UsageWho, getrusage, setrlimit
 
 use super::origin::Runtime;
 use super::problem::Problem;
-use super::protocol::{Answer, LastWords, Question, write_line};
+use super::protocol::{Answer, LastWord, Question, write_line};
 use super::stack::{End, Frame, Stack};
 use crate::privileges::capabilities;
 use memory::{CodeSource, Memory};
@@ -61,21 +62,15 @@ pub fn serve(pid: i32, started: u64) -> io::Result<()> {
         limit_time();
         let answer = match &mut traced {
             Ok(traced) => traced.answer(&question),
-            Err(_) => Answer {
-                number: None,
-                stack: None,
-            },
+            Err(problem) => Answer::unknown([*problem].into()),
         };
         write_line(&mut answers, &answer)?;
     }
-    let last = match traced {
-        Ok(traced) => traced.finish(),
-        Err(problem) => LastWords {
-            problems: [problem].into(),
-            ..LastWords::default()
-        },
+    let problems = match traced {
+        Ok(traced) => traced.finish(|answer| write_line(&mut answers, &LastWord::Again(answer)))?,
+        Err(problem) => [problem].into(),
     };
-    write_line(&mut answers, &last)
+    write_line(&mut answers, &LastWord::End(problems))
 }
 
 /// Gives up what it does not need. Where the kernel refuses that, it goes on with more rights, or without a limit.
@@ -108,6 +103,7 @@ struct TracedProcess {
     known: HashMap<Vec<u64>, Known>,
     /// The number of stacks that were answered before `known` was emptied.
     before: usize,
+    /// Those that no answer has told yet.
     problems: BTreeSet<Problem>,
 }
 
@@ -145,12 +141,24 @@ impl TracedProcess {
     }
 
     fn answer(&mut self, question: &Question) -> Answer {
+        let (number, stack) = match self.number(question) {
+            Ok((number, stack)) => (Some(number), stack),
+            Err(problem) => {
+                self.problems.insert(problem);
+                (None, None)
+            }
+        };
+        Answer {
+            number,
+            stack,
+            problems: std::mem::take(&mut self.problems),
+        }
+    }
+
+    /// The number of the stack, and the stack if it is new.
+    fn number(&mut self, question: &Question) -> Result<(usize, Option<Stack>), Problem> {
         if !question.is_own_call {
-            self.problems.insert(Problem::Asynchronous);
-            return Answer {
-                number: None,
-                stack: None,
-            };
+            return Err(Problem::Asynchronous);
         }
         if program(self.pid) != self.program {
             self.read_again();
@@ -164,25 +172,15 @@ impl TracedProcess {
         }
         let next = self.before + self.known.len();
         if let Some(known) = self.known.get(&addresses) {
-            return Answer {
-                number: Some(known.number),
-                stack: None,
-            };
+            return Ok((known.number, None));
         }
         if next >= MAX_STACKS {
-            self.problems.insert(Problem::TooManyStacks);
-            return Answer {
-                number: None,
-                stack: None,
-            };
+            return Err(Problem::TooManyStacks);
         }
         let stack = self.stack(&addresses, end);
         self.note_problems(&addresses, &stack);
         self.known.insert(addresses, Known { number: next, end });
-        Answer {
-            number: Some(next),
-            stack: Some(stack),
-        }
+        Ok((next, Some(stack)))
     }
 
     /// Reads again which code is where. If the process has ended, what was read stays.
@@ -237,8 +235,11 @@ impl TracedProcess {
         }
     }
 
-    /// A virtual machine may have written its names only now.
-    fn finish(mut self) -> LastWords {
+    /// A virtual machine may have written its names only now. `again` gets the stacks that have names by them. Returns the problems.
+    fn finish(
+        mut self,
+        mut again: impl FnMut(Answer) -> io::Result<()>,
+    ) -> io::Result<BTreeSet<Problem>> {
         self.names.perf_map = read_perf_map(self.pid).or(self.names.perf_map.take());
         let has_map = self.names.perf_map.is_some();
         let problem = match self.names.runtime {
@@ -257,19 +258,16 @@ impl TracedProcess {
             let code = self.memory.at(*address);
             code.is_some_and(|code| code.from == CodeSource::RunTime)
         };
-        let mut again = Vec::new();
         for (addresses, known) in &self.known {
             if has_map && addresses.iter().any(is_of_run_time) {
-                again.push(Answer {
+                again(Answer {
                     number: Some(known.number),
                     stack: Some(self.stack(addresses, known.end)),
-                });
+                    problems: BTreeSet::new(),
+                })?;
             }
         }
-        LastWords {
-            again,
-            problems: self.problems,
-        }
+        Ok(self.problems)
     }
 }
 

@@ -1,49 +1,49 @@
 //! From addresses to functions, files and lines.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use blazesym::ErrorKind;
 use blazesym::symbolize::source::{Elf, Source};
 use blazesym::symbolize::{CodeInfo, Input, Sym, Symbolized, Symbolizer};
 
-use super::memory::{CodeSource, Memory};
+use super::memory::{Code, CodeSource, Mapped, Memory};
+use super::module::{Content, DEBUG_DIRS, Module};
 use super::perf_map::{self, PerfMap};
 use crate::trace::origin::{Origin, Runtime};
 use crate::trace::stack::Frame;
 
 /// The reader of symbols of one process.
 pub struct Names {
+    pid: i32,
     symbolizer: Symbolizer,
+    /// The files that are open. They are read after they were deleted, and after the process has ended.
+    modules: RefCell<HashMap<Mapped, Rc<Module>>>,
     pub runtime: Option<Runtime>,
     /// The names of code that was made at run time.
     pub perf_map: Option<PerfMap>,
-    /// Whether the process has the same root directory as cwkill. Otherwise, who rules a container may have put its files there.
-    is_in_root_of_cwkill: bool,
     /// Whether a file is not what it says.
     is_damaged: Cell<bool>,
 }
 
 impl Names {
     pub fn new(pid: i32, runtime: Option<Runtime>, perf_map: Option<PerfMap>) -> Self {
-        // Debug symbols of the process's own file system, and of the host's.
-        let roots = [format!("/proc/{pid}/root"), String::new()];
-        let debug_dirs = roots.iter().flat_map(|root| {
-            ["/usr/lib/debug", "/lib/debug"].map(|dir| PathBuf::from(format!("{root}{dir}")))
-        });
         let symbolizer = Symbolizer::builder()
             .enable_auto_reload(false)
             .enable_code_info(true)
             .enable_inlined_fns(true)
             .enable_demangling(true)
-            .set_debug_dirs(Some(debug_dirs))
+            // For what several files of debug symbols share. Only those of the host may name it.
+            .set_debug_dirs(Some(DEBUG_DIRS))
             .build();
         Names {
+            pid,
             symbolizer,
+            modules: RefCell::default(),
             runtime,
             perf_map,
-            is_in_root_of_cwkill: has_root_of_cwkill(pid),
             is_damaged: Cell::new(false),
         }
     }
@@ -58,8 +58,8 @@ impl Names {
         match code.map(|code| (code, &code.from)) {
             Some((code, CodeSource::File(file))) => {
                 let in_file = address - code.start + code.offset;
-                let path = memory.path(code, file).ok();
-                self.frames_of_file(path.as_deref(), &file.name, in_file)
+                let module = self.module(code, file, memory);
+                self.frames_of_file(module.as_deref(), &file.name, in_file)
             }
             Some((code, CodeSource::Vdso)) => {
                 vec![self.frame(None, None, None, Some("[vdso]"), address - code.start)]
@@ -68,44 +68,55 @@ impl Names {
         }
     }
 
-    fn frames_of_file(&self, path: Option<&Path>, module: &str, in_file: u64) -> Vec<Frame> {
-        let symbol = path.and_then(|path| self.symbol(path, in_file));
+    fn module(&self, code: &Code, file: &Mapped, memory: &Memory) -> Option<Rc<Module>> {
+        let mut modules = self.modules.borrow_mut();
+        if let Some(module) = modules.get(file) {
+            return Some(module.clone());
+        }
+        let path = memory.path(code, file).ok()?;
+        let module = Rc::new(Module::open(&path, &file.name, self.pid).ok()?);
+        if matches!(module.content, Content::DebugTooLarge | Content::Nothing) {
+            self.is_damaged.set(true);
+        }
+        modules.insert(file.clone(), module.clone());
+        Some(module)
+    }
+
+    fn frames_of_file(&self, module: Option<&Module>, name: &str, in_file: u64) -> Vec<Frame> {
+        let symbol = module.and_then(|module| self.symbol(module, in_file));
         match symbol {
-            Some(Symbolized::Sym(symbol)) => self.frames_of_symbol(&symbol, module, in_file),
-            Some(Symbolized::Unknown(_)) | None => {
-                vec![self.frame(None, None, None, Some(module), in_file)]
-            }
+            Some(symbol) => self.frames_of_symbol(&symbol, name, in_file),
+            None => vec![self.frame(None, None, None, Some(name), in_file)],
         }
     }
 
     /// With damaged debug symbols, the names that the file has without them are left.
-    fn symbol(&self, path: &Path, in_file: u64) -> Option<Symbolized<'_>> {
-        let may_have_debug = match kind(path, self.is_in_root_of_cwkill) {
-            Kind::WithDebug => true,
-            Kind::WithoutDebug => false,
-            Kind::TooLarge => {
-                self.is_damaged.set(true);
-                false
-            }
-            Kind::Damaged => {
-                self.is_damaged.set(true);
-                return None;
-            }
-        };
-        for debug_syms in [true, false]
-            .into_iter()
-            .filter(|debug| may_have_debug || !debug)
+    fn symbol(&self, module: &Module, in_file: u64) -> Option<Sym<'_>> {
+        if module.content == Content::Nothing {
+            return None;
+        }
+        let mut sources = Vec::new();
+        if let Some(debug) = &module.debug
+            && let Some(address) = debug.address(in_file)
         {
+            sources.push((debug.path(), true, Input::VirtOffset(address)));
+        }
+        let path = module.path();
+        if module.content == Content::All {
+            sources.push((path.clone(), true, Input::FileOffset(in_file)));
+        }
+        sources.push((path, false, Input::FileOffset(in_file)));
+        for (path, debug_syms, input) in sources {
             let mut file = Elf::new(path);
             file.debug_syms = debug_syms;
             let source = Source::Elf(file);
-            let input = Input::FileOffset(in_file);
             // One damaged file does not cost the names of the others. blazesym 0.2.7 panics at a section whose compressed size is wrong.
             let symbolize = || self.symbolizer.symbolize_single(&source, input);
             match catch_unwind(AssertUnwindSafe(symbolize)) {
                 // An origin that leads nowhere has no name.
                 Ok(Ok(Symbolized::Sym(symbol))) if symbol.name.is_empty() => {}
-                Ok(Ok(symbol)) => return Some(symbol),
+                Ok(Ok(Symbolized::Sym(symbol))) => return Some(symbol),
+                Ok(Ok(Symbolized::Unknown(_))) => {}
                 Ok(Err(error)) if error.kind() != ErrorKind::InvalidDwarf => {}
                 Ok(Err(_)) | Err(_) => self.is_damaged.set(true),
             }
@@ -167,97 +178,5 @@ fn short(name: &str) -> String {
     match name.char_indices().nth(MAX_NAME) {
         Some((end, _)) => format!("{}...", &name[..end]),
         None => name.to_owned(),
-    }
-}
-
-fn has_root_of_cwkill(pid: i32) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let root = |path: &str| {
-        let metadata = std::fs::metadata(path).ok()?;
-        Some((metadata.dev(), metadata.ino()))
-    };
-    let own = root("/");
-    own.is_some() && root(&format!("/proc/{pid}/root/")) == own
-}
-
-/// The most bytes that compressed sections of a file may have, of the 1 GiB that the process has.
-const MAX_INFLATED: u64 = 512 << 20;
-
-/// What is read of a file.
-enum Kind {
-    WithDebug,
-    /// Its debug symbols may be elsewhere. Who makes a file that leads elsewhere could have root open any device or pipe, also by a plain name
-    /// beside a file of their own. So only a file of root's may, by a plain name.
-    WithoutDebug,
-    /// As before, since its debug symbols would take too much memory.
-    TooLarge,
-    /// Nothing.
-    Damaged,
-}
-
-fn kind(path: &Path, is_in_root_of_cwkill: bool) -> Kind {
-    use object::{Object, ObjectSection};
-    use std::os::unix::fs::MetadataExt;
-    let Ok(file) = super::memory::open(path) else {
-        return Kind::WithoutDebug;
-    };
-    let is_roots = file
-        .metadata()
-        .is_ok_and(|metadata| metadata.uid() == 0 && metadata.mode() & 0o022 == 0);
-    let cache = object::read::ReadCache::new(file);
-    let Ok(elf) = object::File::parse(&cache) else {
-        return Kind::WithoutDebug;
-    };
-    // blazesym 0.2.7 asks for as much memory as a section says, and ends the process if there is not as much.
-    let mut inflated = 0_u64;
-    for section in elf.sections() {
-        let range = section.compressed_file_range();
-        match range.map(|it| (it.format, it.uncompressed_size)) {
-            Ok((object::CompressionFormat::None, _)) => {}
-            Ok((_, size)) if is_debug(section.name_bytes()) => {
-                inflated = inflated.saturating_add(size);
-            }
-            // No linker compresses others.
-            Ok(_) => return Kind::Damaged,
-            Err(_) => inflated = u64::MAX,
-        }
-    }
-    if inflated > MAX_INFLATED {
-        return Kind::TooLarge;
-    }
-    let section = |name: &str| elf.section_by_name(name);
-    if section(".gnu_debugaltlink").is_some() || section(".debug_sup").is_some() {
-        // These are always paths.
-        return Kind::WithoutDebug;
-    }
-    match section(".gnu_debuglink").map(|section| section.data()) {
-        Some(Ok(link)) if is_roots && is_in_root_of_cwkill && is_plain_name(link) => {
-            Kind::WithDebug
-        }
-        Some(_) => Kind::WithoutDebug,
-        None => Kind::WithDebug,
-    }
-}
-
-/// Also by the names that compressed ones had before they had a flag.
-fn is_debug(name: Result<&[u8], object::Error>) -> bool {
-    name.is_ok_and(|name| name.starts_with(b".debug_") || name.starts_with(b".zdebug_"))
-}
-
-/// Of a section `.gnu_debuglink`: the name, a zero, and a checksum, which may have any byte.
-fn is_plain_name(link: &[u8]) -> bool {
-    let name = link.split(|byte| *byte == 0).next();
-    name.is_some_and(|name| !name.contains(&b'/'))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_checksum_of_a_link_is_no_part_of_its_name() {
-        assert!(is_plain_name(b"a.debug\0/\0\0/"));
-        assert!(!is_plain_name(b"../a.debug\0abcd"));
-        assert!(is_plain_name(b""));
     }
 }
