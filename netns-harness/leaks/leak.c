@@ -1,6 +1,8 @@
-// A server that forgets to close a connection whose first byte is L or M. The argument is its port on 127.0.0.1.
+// A server that forgets to close a connection whose first byte is L, M or D, and ends after one that begins with E. The argument is its port on 127.0.0.1.
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -36,6 +38,27 @@ __attribute__((noinline)) int good_handler(int connection)
 	return total + 1;
 }
 
+// It never sees a read that returns 0.
+__attribute__((noinline)) int once_handler(int connection)
+{
+	char buffer[64];
+	struct pollfd end = { .fd = connection, .events = POLLRDHUP };
+	poll(&end, 1, -1);
+	int count = read(connection, buffer, sizeof buffer); // the end is read with data
+	return count + 3;
+}
+
+// Another process keeps the connection for a minute.
+__attribute__((noinline)) int last_handler(int connection)
+{
+	int total = read_to_end(connection); // the leak of one that ends
+	if (!fork()) {
+		alarm(60);
+		pause();
+	}
+	_exit(total);
+}
+
 __attribute__((noinline)) int serve(int listener)
 {
 	int total = 0;
@@ -47,6 +70,10 @@ __attribute__((noinline)) int serve(int listener)
 			total += leaky_handler(connection);
 		else if (kind == 'M')
 			total += other_handler(connection);
+		else if (kind == 'D')
+			total += once_handler(connection);
+		else if (kind == 'E')
+			total += last_handler(connection);
 		else
 			total += good_handler(connection);
 	}

@@ -7,7 +7,7 @@
 //! there, too, at one instant. So cwkill knows of each socket whether it was destroyed, whatever becomes of the walk, and can take the
 //! sockets back that the walk has not reached.
 //!
-//! A child process makes the walk ([`Walker`]), since the kernel can let it wait for the lock of a socket whose owner hangs.
+//! A child process makes the walk, see [`walk`].
 
 use nix::errno::Errno;
 use std::mem;

@@ -1,10 +1,10 @@
-//! Programs of cwkill that the kernel runs: [`descriptors`] reads the descriptors of all processes in one pass, and [`destroyer`] destroys
-//! sockets that are as cwkill has last seen them. `tracer` sees who reads the end of streams.
+//! Programs of cwkill that the kernel runs. [`descriptors`] reads the descriptors of all processes in one pass, [`destroyer`] destroys
+//! sockets that are as cwkill has last seen them, and `tracer` notes who opens connections and who reads the end of streams.
 //!
-//! The programs of the first two are iterators, so they run only while cwkill reads them. Those of the third run at tracepoints, for each event of
-//! the host. Nothing stays in the kernel when cwkill has ended. They need CAP_BPF and
-//! CAP_PERFMON, or CAP_SYS_ADMIN, of the first user namespace, and a kernel with BTF. cwkill loads them first and gives up these
-//! capabilities then. Where they do not work, cwkill takes the other way, and `cwkill doctor` tells why.
+//! The first two are iterators, and run only while cwkill reads them. Those of the tracer run for every process of the host, at tracepoints,
+//! functions and security hooks, and an iterator reads what they have kept. Nothing stays in the kernel when cwkill has ended. To load
+//! them takes CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN, of the first user namespace, and a kernel with BTF; cwkill gives these up then.
+//! Without the iterators cwkill takes another way; without the tracer there is no `cwkill trace`. `cwkill doctor` tells why.
 
 pub mod descriptors;
 pub mod destroyer;
@@ -17,7 +17,7 @@ use std::cell::OnceCell;
 pub use crate::sys::bpf::BpfError;
 use crate::sys::bpf::Btf;
 
-/// The kernel's types, as far as the programs name them. They are read when a program first needs them: that takes 10 ms.
+/// The kernel's types for [`descriptors`] and [`destroyer`]; the tracer reads its own. They are read when a program first needs them: that takes 10 ms.
 #[derive(Debug, Default)]
 pub struct KernelTypes(OnceCell<Btf>);
 
@@ -32,12 +32,12 @@ impl KernelTypes {
     }
 }
 
-/// What a trace does not see, each with the reason.
+/// What a trace does not see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NotSeen {
-    /// Where the end of a stream is read.
+    /// Why it is not seen where ends are read.
     pub reads: Option<String>,
-    /// Where a connection is accepted.
+    /// Why it is not seen who accepts.
     pub accepts: Option<String>,
     /// What programs at functions would have seen after `kernel.ftrace_enabled` became 0.
     pub later: bool,

@@ -12,7 +12,7 @@ pub enum End {
     Whole,
     /// The caller has stopped it, or an earlier one.
     Stopped,
-    /// It waited too long for the lock of a socket.
+    /// It waited too long for the lock of a socket, or took longer than any walk.
     HeldUp,
     Failed(BpfError),
 }

@@ -64,7 +64,7 @@ pub fn serve_trace() -> Option<ExitCode> {
         let words: Vec<OsString> = std::env::args_os().skip(1).collect();
         let number = |word: &OsString| word.to_str()?.parse().ok();
         if let [command, pid, started] = &words[..]
-            && command == crate::trace::symbols::COMMAND
+            && command == crate::trace::readers::COMMAND
             && let Some(pid) = number(pid).and_then(|pid: u64| i32::try_from(pid).ok())
             && let Some(started) = number(started)
         {

@@ -1,6 +1,6 @@
 //! `cwkill trace`: watches who reads the end of streams, and reports the lines of code that leave sockets stuck.
 
-use std::time::Duration;
+use std::collections::HashSet;
 
 use anyhow::{Context, ensure};
 use nix::errno::Errno;
@@ -16,7 +16,7 @@ use crate::control::{Control, deadline};
 use crate::filter::Scope;
 use crate::finder;
 use crate::history::History;
-use crate::model::{Privilege, Scan};
+use crate::model::Privilege;
 use crate::privileges::capabilities;
 use crate::report::{ExitStatus, trace as report};
 use crate::tcp::TcpState;
@@ -68,25 +68,30 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     let mut terminal = Terminal::new(true, true)?;
     terminal.hold_signals();
     let mut history = History::open();
-    let find_sockets = || -> anyhow::Result<Scan> {
-        let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, &proc)?;
-        // Of any owner: what is of interest is decided at the end.
-        let mut selectors = scope.selectors.clone();
-        selectors.min_age = Duration::ZERO;
-        Ok(finder::find_sockets(&namespaces, &selectors, &history)?)
+    let open_namespaces = || finder::open_namespaces(&scope.netns, &scope.selectors, &proc);
+    let first = open_namespaces()?;
+    // Of any owner, age and cause: what is of interest is decided at the end.
+    let selectors = scope.selectors.of_any_age_and_cause();
+    let find_sockets = || -> anyhow::Result<HashSet<u64>> {
+        let scan = finder::find_sockets(&first, &selectors, &history)?;
+        let cookies = scan.targets.iter().map(|it| it.socket.cookie().0);
+        Ok(cookies.collect())
     };
-    let mut watch = Watch::new(tracer, &find_sockets()?);
+    let mut watch = Watch::new(tracer, find_sockets()?);
     let time = duration.map_or_else(String::new, |time| format!(" for {}", seconds(time)));
     // Printed without a terminal, too: scripts wait for this line.
     say(format_args!(
         "watching{time}; Ctrl-C ends it and shows what was found"
     ));
     let until = duration.map(|duration| deadline(terminal.now(), duration));
-    watch.go_on(until, &terminal);
-    let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, &proc)?;
-    let scan = finder::find(&namespaces, &proc, &scope.selectors, &history)?;
+    watch.go_on(until, &terminal, || find_sockets().ok());
+    // A namespace may have lost its name meanwhile.
+    let again = open_namespaces();
+    let namespaces = again.as_ref().unwrap_or(&first);
+    let scan = finder::find(namespaces, &proc, &scope.selectors, &history);
     say_notes(history.take_notes());
-    let trace = watch.finish(&scan).context("cannot trace")?;
+    let scan = scan?;
+    let trace = watch.finish(&scan);
     terminal.release_signals();
     let found = places::find(&trace, &scan);
     let written = write_out(|out| match json {

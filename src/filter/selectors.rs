@@ -135,6 +135,16 @@ impl Selectors {
         }
     }
 
+    /// The same selectors without what changes while a socket is stuck: its age, its idle time and its cause.
+    #[cfg(feature = "trace")]
+    pub fn of_any_age_and_cause(&self) -> Selectors {
+        Selectors {
+            causes: BTreeSet::new(),
+            address_gone: false,
+            ..self.of_any_age()
+        }
+    }
+
     /// Whether cwkill need not request IPv4 sockets.
     pub fn selects_only_ipv6(&self) -> bool {
         self.ip_version == Some(IpVersion::V6)

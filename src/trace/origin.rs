@@ -170,10 +170,28 @@ fn is_of_c(name: &str) -> bool {
     name.starts_with("__") || C_FUNCTIONS.contains(&name)
 }
 
-/// Also a method of a type or trait of theirs: `<std::net::tcp::TcpStream as std::io::Read>::read`.
+/// Also a method of a type or trait of theirs, `<std::net::tcp::TcpStream as std::io::Read>::read`, and a template, whose name begins with the type of
+/// its result: `unsigned long boost::asio::read<...>(...)`.
 fn is_of_namespace(name: &str) -> bool {
-    let name = name.trim_start_matches(['<', '&', '*']);
+    let name = without_result(name).trim_start_matches(['<', '&', '*']);
     NAMESPACES.iter().any(|start| name.starts_with(start))
+}
+
+/// The name behind the last blank that is outside of brackets, and before the parameters.
+fn without_result(name: &str) -> &str {
+    let mut depth = 0_usize;
+    let mut start = 0;
+    for (at, letter) in name.char_indices() {
+        match letter {
+            // `(anonymous namespace)` is a part of a name.
+            '(' if depth == 0 && !name[at..].starts_with("(anonymous") => break,
+            '<' | '(' | '{' | '[' => depth += 1,
+            '>' | ')' | '}' | ']' => depth = depth.saturating_sub(1),
+            ' ' if depth == 0 => start = at + 1,
+            _ => {}
+        }
+    }
+    &name[start..]
 }
 
 /// `void java.net.Socket.close()`, `java.net.Socket::close`, and names of stubs such as `Interpreter`, which have no package.
@@ -228,6 +246,16 @@ mod tests {
                 "/srv/app",
                 None,
             ),
+            (
+                "unsigned long boost::asio::read<shop::Socket, char>(shop::Socket&)",
+                "/srv/app",
+                None,
+            ),
+            (
+                "void std::__invoke_impl<void, shop::Server>(shop::Server&&)",
+                "/srv/app",
+                None,
+            ),
             ("_PyEval_EvalFrameDefault", "/usr/bin/python3.11", None),
             (
                 "sock_recv",
@@ -242,6 +270,9 @@ mod tests {
             ("github.com/shop/web.(*Server).drain", go),
             ("<web::Handler as web::Service>::call", None),
             ("standard_handler", None),
+            ("std::string shop::read<std::string>(std::istream&)", None),
+            ("shop::(anonymous namespace)::serve(std::vector<int>)", None),
+            ("shop::Lines::operator()(std::string const&) const", None),
         ] {
             assert_eq!(origin(name, "/srv/app", runtime), Origin::Own, "{name}");
         }

@@ -1,7 +1,8 @@
 //! Which stuck sockets come from which place in the code.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +24,7 @@ pub struct Places<'a> {
     pub new: usize,
     /// Those of `new` whose end was read.
     pub read: usize,
-    /// Those of `new` whose end was read, and of which no stack was taken, or none could be read. Where reads are not seen, a stack is one of
-    /// the call that opened the connection.
+    /// Those of `new` whose end was read, and of which no stack is known, neither of the read nor of the call that opened the connection.
     pub unknown: usize,
     /// The sockets that were stuck before, so that their place cannot be known.
     pub before: usize,
@@ -43,7 +43,7 @@ pub struct Place<'a> {
     pub opened: Option<(Opened, &'a Stack)>,
     /// The sockets, the oldest first.
     pub sockets: Vec<Stuck<'a>>,
-    /// Its part of all sockets that became stuck, from 0 to 1. Where not each read was sampled, a socket stands for several.
+    /// Its part of all sockets that became stuck, from 0 to 1. An estimate if the stack of some is not known.
     pub share: f64,
 }
 
@@ -52,7 +52,7 @@ pub struct Place<'a> {
 pub enum End<'a> {
     /// It was read here.
     ReadAt(&'a Stack),
-    /// It was read, but where was not seen.
+    /// It was read, and no stack of that is known.
     Read,
     NotRead,
 }
@@ -111,12 +111,14 @@ impl Places<'_> {
     }
 }
 
-/// What makes two sockets belong to one place: the container, whether the end was read there, and the lines of code. The workers of a server
-/// run the same code.
+/// What makes two sockets belong to one place: the container or unit, whether the end was read there, and the lines of code. The workers of a
+/// server run the same code.
 #[derive(PartialEq, Eq, Hash)]
 struct Key<'a> {
-    container: Option<String>,
-    reads: bool,
+    lives_in: Option<String>,
+    /// The name of the process, if no frame is the program's own: different programs run on the same runtime.
+    comm: Option<String>,
+    end: Discriminant<End<'a>>,
     lines: Vec<Line<'a>>,
 }
 
@@ -143,64 +145,59 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
         let cookie = target.socket.cookie().0;
         let life = lives.get(&cookie).copied();
         let since = life.and_then(|life| life.stuck_since);
-        let stack = |opens| {
-            let id = trace.symbols.place(cookie, opens)?;
-            Some((id.process, trace.symbols.stack(id)?))
-        };
         if since.is_none() && trace.before.contains(&cookie) {
             found.before += 1;
             continue;
         }
         // It may be closed in a moment.
-        if since.is_some_and(|since| since > trace.ended) {
+        let is_later = match since {
+            Some(since) => since > trace.ended,
+            None => trace
+                .at_end
+                .as_ref()
+                .is_some_and(|it| !it.contains(&cookie)),
+        };
+        if is_later {
             continue;
         }
         found.new += 1;
-        let (read, opened) = (stack(false), stack(true));
         // The FIN counts as a byte that is not read.
-        let reads = target.socket.recv_q == 0;
-        found.read += usize::from(reads);
-        let reads_are_seen = trace.not_seen.reads.is_none();
-        let decisive = match reads && reads_are_seen {
-            true => read,
-            false => opened,
-        };
-        let Some((traced, decisive)) = decisive else {
-            if reads {
+        let end_was_read = target.socket.recv_q == 0;
+        found.read += usize::from(end_was_read);
+        let opened_at = trace.symbols.opened_at(cookie);
+        let read_at = trace.symbols.read_at(cookie).and_then(Result::ok);
+        let (end, (traced, decisive)) = match (end_was_read, read_at, opened_at) {
+            (true, Some(read_at), _) => (End::ReadAt(read_at.1), read_at),
+            (true, None, Some(opened_at)) => (End::Read, opened_at),
+            (false, _, Some(opened_at)) => (End::NotRead, opened_at),
+            (true, None, None) => {
                 found.unknown += 1;
-            } else {
-                let process = scan.culprit(target);
-                let not_accepted = target.socket.cause == Cause::NotAccepted;
-                let key = (process.map(|process| process.id), not_accepted);
-                let group = unread.entry(key).or_insert_with(|| Unread {
-                    process: process.cloned(),
-                    not_accepted,
-                    count: 0,
-                });
-                group.count += 1;
+                continue;
             }
-            continue;
+            (false, _, None) => {
+                count_unread(&mut unread, scan, target);
+                continue;
+            }
         };
-        let lines = decisive.place().into_iter().map(Line::of).collect();
         let mut owners = target.owners.iter();
         let owner = owners.find(|owner| owner.process.id.pid == traced.pid);
         let process = owner.map(|owner| owner.process.clone());
-        let container = process.as_ref().and_then(|it| it.cgroup.container.as_ref());
+        let cgroup = process.as_ref().map(|process| &process.cgroup);
+        let container = cgroup.and_then(|it| it.container.as_ref());
+        let unit = cgroup.and_then(|it| it.unit.clone());
+        let comm = process.as_ref().map(|process| process.comm.to_string());
         let key = Key {
-            container: container.map(ToString::to_string),
-            reads,
-            lines,
+            lives_in: container.map(ToString::to_string).or(unit),
+            comm: comm.filter(|_| decisive.first_own().is_none()),
+            end: discriminant(&end),
+            lines: decisive.place().into_iter().map(Line::of).collect(),
         };
         let next = found.places.len();
         let at = *index.entry(key).or_insert(next);
         if at == next {
             found.places.push(Place {
                 processes: BTreeMap::new(),
-                end: match reads {
-                    true if reads_are_seen => End::ReadAt(decisive),
-                    true => End::Read,
-                    false => End::NotRead,
-                },
+                end,
                 opened: None,
                 sockets: Vec::new(),
                 share: 0.0,
@@ -216,7 +213,7 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
         let known = place.processes.entry(traced).or_default();
         *known = known.take().or(process);
         let how = life.and_then(|life| life.opened);
-        if let (None, Some(how), Some((_, stack))) = (place.opened, how, opened) {
+        if let (None, Some(how), Some((_, stack))) = (place.opened, how, opened_at) {
             place.opened = Some((how, stack));
         }
     }
@@ -237,22 +234,51 @@ pub fn find<'a>(trace: &'a Trace, scan: &'a Scan) -> Places<'a> {
     found
 }
 
-/// The sockets with a stack of the read are shared out by the weights of the samples, since not each may have been sampled; the others one by one.
+/// Counts a socket whose end nobody has read, and of which it is not known where it was opened.
+fn count_unread(
+    unread: &mut HashMap<(Option<ProcessId>, bool), Unread>,
+    scan: &Scan,
+    target: &Target,
+) {
+    let process = scan.culprit(target);
+    let not_accepted = target.socket.cause == Cause::NotAccepted;
+    let key = (process.map(|process| process.id), not_accepted);
+    let group = unread.entry(key).or_insert_with(|| Unread {
+        process: process.cloned(),
+        not_accepted,
+        count: 0,
+    });
+    group.count += 1;
+}
+
+/// A place has its own sockets, and of those whose end was read at an unknown place as many as its samples stand for: a sample that was one of
+/// N stands for N - 1 others.
 #[expect(
     clippy::cast_precision_loss,
     reason = "numbers of sockets are far below 2^52"
 )]
 fn set_shares(found: &mut Places<'_>) {
-    let weight = |place: &Place<'_>| -> u64 { place.sockets.iter().map(|it| it.weight).sum() };
-    let places = found.places.iter();
-    let places = places.filter(|place| matches!(place.end, End::ReadAt(_)));
-    let all_weights = places.map(weight).sum::<u64>().max(1) as f64;
-    let (new, read) = (found.new.max(1) as f64, found.read as f64);
+    let count = |place: &Place<'_>| place.sockets.len() as f64;
+    let others = |place: &Place<'_>| {
+        let weights: u64 = place.sockets.iter().map(|it| it.weight).sum();
+        weights as f64 - count(place)
+    };
+    let of_reads = || {
+        found
+            .places
+            .iter()
+            .filter(|it| matches!(it.end, End::ReadAt(_)))
+    };
+    let all: f64 = of_reads().map(count).sum();
+    let all_others: f64 = of_reads().map(others).sum();
+    let (new, unknown) = (found.new.max(1) as f64, found.unknown as f64);
     for place in &mut found.places {
-        place.share = match place.end {
-            End::ReadAt(_) => weight(place) as f64 / all_weights * read / new,
-            End::Read | End::NotRead => place.sockets.len() as f64 / new,
+        let part = match place.end {
+            End::ReadAt(_) if all_others > 0.0 => others(place) / all_others,
+            End::ReadAt(_) => count(place) / all,
+            End::Read | End::NotRead => 0.0,
         };
+        place.share = (count(place) + unknown * part) / new;
     }
 }
 
@@ -279,8 +305,14 @@ fn problems(
     for owner in scan.targets.iter().flat_map(|target| &target.owners) {
         owners.insert(owner.process.id.pid, owner.process.clone());
     }
+    // They may have ended.
+    let targets = scan.targets.iter();
+    let without_stack: HashSet<Traced> = targets
+        .filter_map(|target| trace.symbols.read_at(target.socket.cookie().0)?.err())
+        .collect();
     let concerns = |traced: &Traced| {
         owners.contains_key(&traced.pid)
+            || without_stack.contains(traced)
             || places
                 .iter()
                 .any(|place| place.processes.contains_key(traced))

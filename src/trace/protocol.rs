@@ -44,8 +44,8 @@ pub enum LastWord {
     End(BTreeSet<Problem>),
 }
 
-/// The longest line in bytes. A stack has at most 256 functions, each with three names of 1,024 characters, and one of these takes up to 6 bytes.
-const MAX_LINE: u64 = 8 << 20;
+/// The longest line in bytes. A stack has 128 KiB at most, see `worker`, and a byte of a name takes up to 6 here.
+const MAX_LINE: u64 = 1 << 20;
 /// The numbers before the stack.
 const HEAD: usize = 6;
 

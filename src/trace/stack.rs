@@ -54,12 +54,7 @@ impl End {
 impl Stack {
     /// What it takes in memory.
     pub fn bytes(&self) -> usize {
-        let bytes = |frame: &Frame| {
-            let names = [&frame.function, &frame.file, &frame.module];
-            let names = names.into_iter().flatten().map(String::len);
-            size_of::<Frame>() + names.sum::<usize>()
-        };
-        self.frames.iter().map(bytes).sum()
+        self.frames.iter().map(Frame::bytes).sum()
     }
 
     /// The first frame of the program's own.
@@ -75,5 +70,14 @@ impl Stack {
         let any_own = self.first_own().is_some();
         let frames = self.frames.iter();
         frames.filter(|frame| !any_own || own(frame)).collect()
+    }
+}
+
+impl Frame {
+    /// What it takes in memory.
+    pub fn bytes(&self) -> usize {
+        let names = [&self.function, &self.file, &self.module];
+        let names = names.into_iter().flatten().map(String::len);
+        size_of::<Frame>() + names.sum::<usize>()
     }
 }

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use anyhow::{Context, Result, ensure};
 use netns_harness::owners::leaks::{Leaker, Leaky};
-use netns_harness::{Agent, Dial, Family, Lab, TcpState};
+use netns_harness::{Agent, Dial, Endpoint, Family, Lab, TcpState};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -28,6 +28,7 @@ pub const TESTS: &[Test] = &[
     once!(python_says_what_it_cannot_tell).needs(Need::Leaky(Leaky::Python)),
     once!(node_says_what_it_cannot_tell).needs(Need::Leaky(Leaky::Node)),
     once!(a_rare_leak_among_many_connections_is_named).needs(Need::Leaky(Leaky::C)),
+    once!(an_end_that_is_read_with_data_is_seen).needs(Need::Leaky(Leaky::C)),
     once!(two_leaks_have_their_shares).needs(Need::Leaky(Leaky::C)),
     once!(a_client_has_the_line_that_connects).needs(Need::Leaky(Leaky::Connect)),
     once!(what_was_stuck_before_is_counted).needs(Need::Iterator),
@@ -73,13 +74,19 @@ impl Scene {
 
     /// Makes `count` connections that begin with this byte, and finishes them.
     pub fn visit(&self, kind: u8, count: usize) -> Result<()> {
+        (0..count).try_for_each(|_| self.finish(&self.connect()?, kind))
+    }
+
+    pub fn connect(&self) -> Result<Vec<Endpoint>> {
         let address = SocketAddr::from(SERVER);
-        for _ in 0..count {
-            let ends = self.client.connect(address, 1, Dial::default(), PATIENCE)?;
-            self.client.send(&[ends[0].fd], &[kind])?;
-            self.client.close(&[ends[0].fd])?;
-        }
-        Ok(())
+        self.client.connect(address, 1, Dial::default(), PATIENCE)
+    }
+
+    /// Sends this byte twice, and closes.
+    pub fn finish(&self, connection: &[Endpoint], kind: u8) -> Result<()> {
+        let fd = [connection[0].fd];
+        self.client.send(&fd, &[kind; 2])?;
+        self.client.close(&fd)
     }
 
     /// Waits until so many connections are stuck, and their end is read. A FIN that is not read counts as one byte.
@@ -333,6 +340,20 @@ fn a_rare_leak_among_many_connections_is_named() -> Result<()> {
     })?;
     has_lines(&document, Leaky::C, 5, "read_to_end", "leaky_handler");
     assert_eq!(at(&document, "/places/0/share"), "1.0", "{document:#}");
+    Ok(())
+}
+
+/// The kernel takes the FIN together with the last bytes. A server that does not read again never gets a 0.
+fn an_end_that_is_read_with_data_is_seen() -> Result<()> {
+    let scene = Scene::start(Leaky::C)?;
+    let document = scene.traced(3, |_| scene.visit(b'D', 3))?;
+    assert_eq!(at(&document, "/place_unknown"), "0", "{document:#}");
+    let stack = &document["places"][0]["read"];
+    let own = at(stack, "/first_own_frame");
+    let part = |name: &str| at(stack, &format!("/frames/{own}/{name}"));
+    assert_eq!(part("function"), "once_handler", "{document:#}");
+    let line = Leaky::C.line_of("the end is read with data");
+    assert_eq!(Some(part("line")), line.map(|line| line.to_string()));
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 //! program.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -28,6 +29,8 @@ pub const TESTS: &[Test] = &[
         .needs(Need::DebugSymbols),
     once!(a_process_that_keeps_the_lock_of_a_socket_does_not_hold_the_report_up)
         .needs(Need::Leaky(Leaky::C)),
+    once!(a_process_that_has_ended_is_told).needs(Need::Leaky(Leaky::C)),
+    once!(a_process_that_ends_is_named_if_it_was_seen_before).needs(Need::Leaky(Leaky::C)),
     once!(a_program_on_a_hung_mount_is_told)
         .needs(Need::Fuse)
         .slow(),
@@ -117,7 +120,8 @@ fn a_process_that_keeps_the_lock_of_a_socket_does_not_hold_the_report_up() -> Re
     scene.until_stuck(3)?;
     let ran = tracing.interrupted()?.exits(0);
     let document = ran.json();
-    assert_eq!(at(&document, "/walk_held_up"), "true", "{document:#}");
+    let why = at(&document, "/walk_incomplete");
+    assert_eq!(why, "a process keeps the lock of a socket", "{document:#}");
     assert_eq!(at(&document, "/became_stuck"), "3", "{document:#}");
     assert_eq!(functions(&document)[1], "read_to_end", "{document:#}");
     ran.complains("keeps the lock of a socket");
@@ -127,6 +131,82 @@ fn a_process_that_keeps_the_lock_of_a_socket_does_not_hold_the_report_up() -> Re
     scene
         .lab
         .wait_for(PATIENCE, || Ok(walkers(&scene.lab)? == 0))
+}
+
+/// It has read the end of a connection that another process keeps. When it accepted that, nobody watched.
+fn a_process_that_has_ended_is_told() -> Result<()> {
+    let scene = Scene::start(Leaky::C)?;
+    let connection = scene.connect()?;
+    scene.lab.wait_for(PATIENCE, || {
+        let rows = scene.lab.app_host().ss(&[])?;
+        let is_accepted = |row: &SsRow| {
+            row.state == TcpState::Established && row.local.port() == 7000 && !row.owners.is_empty()
+        };
+        Ok(rows.iter().any(is_accepted))
+    })?;
+    let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
+    scene.finish(&connection, b'E')?;
+    until_the_server_has_ended(&scene)?;
+    scene.until_stuck(1)?;
+    let ran = tracing.interrupted()?.exits(4);
+    let document = ran.json();
+    assert_eq!(at(&document, "/place_unknown"), "1", "{document:#}");
+    assert_eq!(codes(&document), ["ended"], "{document:#}");
+    let pid = scene.server.pid();
+    ran.complains(&format!("process {pid}: it ended before"));
+    end_the_child(&scene)
+}
+
+fn a_process_that_ends_is_named_if_it_was_seen_before() -> Result<()> {
+    let scene = Scene::start(Leaky::C)?;
+    let tracing = Tracing::start(&scene.lab, "--port 7000 --json")?;
+    scene.visit(b'L', 1)?;
+    // Until its files are open.
+    let program = fs::canonicalize(scene.server.file())?;
+    scene.lab.wait_for(PATIENCE, || {
+        let Some(reader) = tracing.reader_of(scene.server.pid())? else {
+            return Ok(false);
+        };
+        let files = fs::read_dir(format!("/proc/{reader}/fd"))?;
+        let files = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+        let open: Vec<PathBuf> = files.collect();
+        Ok(open.contains(&program) && open.iter().any(|file| file.ends_with("libc.so.6")))
+    })?;
+    scene.visit(b'E', 1)?;
+    until_the_server_has_ended(&scene)?;
+    scene.until_stuck(2)?;
+    let document = tracing.interrupted()?.exits(0).json();
+    let places = document["places"].as_array().into_iter().flatten();
+    let callers = places.map(|place| {
+        let own = at(place, "/read/first_own_frame").parse::<usize>()? + 1;
+        Ok(at(place, &format!("/read/frames/{own}/function")))
+    });
+    let callers: Vec<String> = callers.collect::<Result<_>>()?;
+    assert_eq!(callers, ["leaky_handler", "last_handler"], "{document:#}");
+    end_the_child(&scene)
+}
+
+fn end_the_child(scene: &Scene) -> Result<()> {
+    for owner in scene
+        .lab
+        .app_host()
+        .ss(&[])?
+        .iter()
+        .flat_map(|row| &row.owners)
+    {
+        if owner.comm == "leak" {
+            kill(Pid::from_raw(owner.pid.try_into()?), Signal::SIGKILL)?;
+        }
+    }
+    Ok(())
+}
+
+/// Nobody waits for it: it stays as a zombie. Its child keeps the connection.
+fn until_the_server_has_ended(scene: &Scene) -> Result<()> {
+    let stat = format!("/proc/{}/stat", scene.server.pid());
+    scene
+        .lab
+        .wait_for(PATIENCE, || Ok(fs::read_to_string(&stat)?.contains(") Z ")))
 }
 
 /// The functions of the first place, the innermost first.
@@ -339,7 +419,7 @@ fn a_storm_is_counted_and_keeps_the_shares() -> Result<()> {
     assert_eq!(number("became_stuck"), leaks as u64);
     // More than there are slots: it is counted, and told.
     assert!(number("place_unknown") > 0, "{}", summary(&document));
-    ran.complains("while much happens only a part is sampled");
+    ran.complains("found no free slot");
     for (place, expected, handler) in [(0, 0.75, "leaky_handler"), (1, 0.25, "other_handler")] {
         let share = document["places"][place]["share"]
             .as_f64()

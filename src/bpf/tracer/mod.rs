@@ -2,7 +2,8 @@
 //!
 //! The kernel runs the programs (`programs`) at its tracepoints. They keep a few numbers for each socket, in memory that goes with it, and
 //! put registers and the top of the stack of the thread that opens a socket or reads its end into one of a fixed number of slots (`slots`). A
-//! socket that leaves CLOSE-WAIT frees its slot. So a connection that is closed soon costs at most one copy of a stack.
+//! socket that leaves CLOSE-WAIT frees the slot of its read. So a connection that is closed soon costs at most two copies of a stack, and only the
+//! sample of its opening is unwound.
 //!
 //! They run in the process that made the system call, or in an interrupt, for all processes of the host. Nothing stays in the kernel when
 //! cwkill has ended, however it ends.
@@ -13,7 +14,7 @@ mod slots;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
 
@@ -78,13 +79,17 @@ pub struct Counts {
 const LIFE: usize = 6;
 const COOKIE: usize = 0;
 const STUCK_SINCE: usize = 1;
-/// 1 if its end was read.
-const IS_READ: usize = 2;
+/// How its end was read; 0 if it was not.
+const END_READ: usize = 2;
 /// The number of its slot for the read, and 1; 0 if it has none.
 const READ_SLOT: usize = 3;
 const OPENED_HOW: usize = 4;
 /// Of how many FINs its own was the sampled one; 0 if it was not sampled.
 const WEIGHT: usize = 5;
+
+/// The values of END_READ: with the last bytes, or by a call that returned 0.
+const WITH_DATA: i32 = 1;
+const BY_ITSELF: i32 = 2;
 
 /// The values of OPENED_HOW.
 const CONNECTED: i32 = 1;
@@ -205,14 +210,14 @@ impl Tracer {
 
     /// Adds to `lives` what is known of the sockets that are in CLOSE-WAIT now in the network namespace of the calling thread. Until Linux 5.19
     /// it takes CAP_BPF. Returns whether that is all: since Linux 5.15 the walk waits for the lock of each socket (net/ipv4/tcp_ipv4.c,
-    /// bpf_iter_tcp_seq_show), and is left if it waits too long.
+    /// bpf_iter_tcp_seq_show), and is left if it waits too long, or at `until`.
     ///
     /// The sockets of the namespace are walked. An iterator over all sockets with storage would be one walk for all, but it lets programs write
     /// into the storage, which some kernels forbid [measured: EPERM on a guest with Linux 6.18.44].
     ///
     /// # Errors
     /// [`BpfError::Refused`], [`BpfError::Read`], [`BpfError::Walker`].
-    pub fn lives(&mut self, lives: &mut Vec<Life>) -> Result<bool, BpfError> {
+    pub fn lives(&mut self, lives: &mut Vec<Life>, until: Instant) -> Result<bool, BpfError> {
         if self.walker.is_walking() {
             // It is held up in another namespace.
             self.walker = Walker::start().map_err(BpfError::Walker)?;
@@ -226,7 +231,8 @@ impl Tracer {
             .map_err(BpfError::Walker)?;
         let shown = &self.counters.numbers()[SHOWN_COUNT];
         let shown = || shown.load(Ordering::Relaxed);
-        let is_whole = match walk::wait(&mut self.walker, shown, || true) {
+        let is_time = || Instant::now() < until;
+        let is_whole = match walk::wait(&mut self.walker, shown, is_time) {
             End::Whole => true,
             End::Stopped | End::HeldUp => false,
             End::Failed(error) => return Err(error),

@@ -5,8 +5,9 @@ use super::slots::{
 };
 use super::slots::{OPENED, PART, READS, READY, STACK};
 use super::{
-    ACCEPTED, CLOSED_COUNT, CLOSED_MASK, CONNECTED, COOKIE, IS_READ, LIFE, Maps, NO_SLOT_COUNT,
-    OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_COUNT, READ_SLOT, SHOWN_COUNT, STUCK_SINCE, WEIGHT,
+    ACCEPTED, BY_ITSELF, CLOSED_COUNT, CLOSED_MASK, CONNECTED, COOKIE, END_READ, LIFE, Maps,
+    NO_SLOT_COUNT, OPENED_COUNT, OPENED_HOW, OPENED_MASK, READ_COUNT, READ_SLOT, SHOWN_COUNT,
+    STUCK_SINCE, WEIGHT, WITH_DATA,
 };
 use crate::sys::bpf::Register::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
 use crate::sys::bpf::{Asm, Btf, BtfError, Field, Helper, Insn, Label, Register, Size};
@@ -118,23 +119,8 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
     // u64 *mine = bpf_sk_storage_get(&lives, sk, NULL, 0);
     // if (!mine) return 0;
     get_storage(&mut asm, maps, 0, end);
-    // if (!mine[READ_SLOT]) return 0;
-    // u32 index = mine[READ_SLOT] - 1;
-    asm.load_at(R1, MINE, at(READ_SLOT), Size::U64)
-        .if_is(R1, 0, end)
-        .add(R1, -1)
-        .spill(INDEX, Size::U32, R1);
-    // u64 *slot = bpf_map_lookup_elem(&slots, &index);
-    // if (!slot) return 0;
-    get_slot(&mut asm, maps, end);
-    // cmpxchg(slot, mine[COOKIE] << COOKIE_SHIFT | FOR_READ | READY, 0);
-    // return 0;
-    asm.load_at(R0, MINE, at(COOKIE), Size::U64)
-        .shift_left(R0, COOKIE_SHIFT)
-        .add(R0, FOR_READ | READY)
-        .set(R1, 0)
-        .compare_and_exchange(SLOT, R1)
-        .jump(end);
+    free_slot(&mut asm, maps, end);
+    asm.jump(end);
 
     // closed_by_peer:
     asm.place(closed_by_peer);
@@ -159,7 +145,7 @@ pub(super) fn set_state(btf: &Btf, maps: &Maps) -> Program {
     Ok((asm.finish(), target))
 }
 
-/// The tracepoint sock_recv_length(sk, ret, flags): the thread that reads the end.
+/// The tracepoint sock_recv_length(sk, ret, flags): the thread that reads the end, alone or with the last bytes.
 pub(super) fn read_end(btf: &Btf, maps: &Maps) -> Program {
     let target = btf.tracepoint("sock_recv_length")?;
     let mut asm = Asm::default();
@@ -185,17 +171,18 @@ fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfErr
     let tcp_sock = btf.structure("tcp_sock")?;
     let copied_seq = tcp_sock.number("copied_seq", Size::U32)?;
     let rcv_nxt = tcp_sock.number("rcv_nxt", Size::U32)?;
-    let end = asm.label();
-    // if (ret) return 0;
-    asm.if_not(R2, 0, end);
+    let (end, first, again, read) = (asm.label(), asm.label(), asm.label(), asm.label());
+    let returned = R9;
     // if (sk->sk_state != TCP_CLOSE_WAIT) return 0;
-    asm.load_at(SK, R1, 0, Size::U64)
+    asm.copy(returned, R2)
+        .load_at(SK, R1, 0, Size::U64)
         .load(R2, SK, fields.sk_state)
         .if_not(R2, TCP_CLOSE_WAIT, end);
     if_tcp(&mut asm, &fields, end);
     // struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
     // if (!tp || tp->copied_seq != tp->rcv_nxt) return 0;
-    // A read without room, and one that leaves the end where it is (MSG_PEEK), return 0, too.
+    // The FIN counts: it was read with these bytes, or before. A read without room, and one that leaves the data where they are (MSG_PEEK), are not of
+    // interest.
     asm.copy(R1, SK)
         .call(Helper::ToTcpSock)
         .if_is(R0, 0, end)
@@ -204,17 +191,29 @@ fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfErr
         .if_differs(R1, R2, end);
     // It has memory if its FIN was sampled.
     get_storage(&mut asm, maps, 0, end);
-    // if (mine[IS_READ] || !mine[WEIGHT]) return 0;
-    // mine[IS_READ] = 1;
-    asm.load_at(R1, MINE, at(IS_READ), Size::U64)
-        .if_not(R1, 0, end)
-        .load_at(R1, MINE, at(WEIGHT), Size::U64)
+    // if (!mine[WEIGHT] || mine[END_READ] == BY_ITSELF) return 0;
+    // mine[END_READ] = ret ? WITH_DATA : BY_ITSELF;
+    // Who reads the end with the last bytes may not know it yet. The call that returns 0 replaces that one.
+    asm.load_at(R1, MINE, at(WEIGHT), Size::U64)
         .if_is(R1, 0, end)
-        .set(R1, 1)
-        .store_at(MINE, at(IS_READ), Size::U64, R1)
+        .load_at(R2, MINE, at(END_READ), Size::U64)
+        .if_is(R2, BY_ITSELF, end)
         .load_at(R1, MINE, at(COOKIE), Size::U64)
-        .spill(MY_COOKIE, Size::U64, R1);
+        .spill(MY_COOKIE, Size::U64, R1)
+        .if_is(returned, 0, again)
+        .if_not(R2, 0, end)
+        .set(R1, WITH_DATA)
+        .store_at(MINE, at(END_READ), Size::U64, R1)
+        .jump(first);
+    // again:
+    asm.place(again)
+        .set(R1, BY_ITSELF)
+        .store_at(MINE, at(END_READ), Size::U64, R1)
+        .if_is(R2, 0, first);
+    free_slot(&mut asm, maps, read);
+    asm.jump(read).place(first);
     count(&mut asm, maps, READ_COUNT);
+    asm.place(read);
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
     // mine[READ_SLOT] = index + 1;
@@ -223,10 +222,33 @@ fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfErr
         .add(R1, 1)
         .store_at(MINE, at(READ_SLOT), Size::U64, R1)
         .jump(end);
-    asm.place(none);
+    // none:
+    // mine[READ_SLOT] = 0;
+    asm.place(none)
+        .set(R1, 0)
+        .store_at(MINE, at(READ_SLOT), Size::U64, R1);
     count(&mut asm, maps, NO_SLOT_COUNT);
     asm.place(end).go_on();
     Ok(asm.finish())
+}
+
+/// Frees the slot with the read of this socket, if there is one and it is ready. `end`: there is nothing to free.
+fn free_slot(asm: &mut Asm, maps: &Maps, end: Label) {
+    // if (!mine[READ_SLOT]) goto end;
+    // u32 index = mine[READ_SLOT] - 1;
+    asm.load_at(R1, MINE, at(READ_SLOT), Size::U64)
+        .if_is(R1, 0, end)
+        .add(R1, -1)
+        .spill(INDEX, Size::U32, R1);
+    // u64 *slot = bpf_map_lookup_elem(&slots, &index);
+    // if (!slot) goto end;
+    get_slot(asm, maps, end);
+    // cmpxchg(slot, mine[COOKIE] << COOKIE_SHIFT | FOR_READ | READY, 0);
+    asm.load_at(R0, MINE, at(COOKIE), Size::U64)
+        .shift_left(R0, COOKIE_SHIFT)
+        .add(R0, FOR_READ | READY)
+        .set(R1, 0)
+        .compare_and_exchange(SLOT, R1);
 }
 
 /// The hook sock_graft(sk, parent) of security modules: the thread that accepts.
@@ -419,18 +441,38 @@ fn sample(asm: &mut Asm, fields: &Fields, maps: &Maps, what: i32, none: Label) {
         .store_at(SLOT, at(LEN), Size::U64, R1)
         .jump(filled)
         .place(in_parts);
-    for part in 0..STACK / PART {
-        // if (bpf_probe_read_user(slot + HEAD + part, PART, sp + part)) goto filled;
+    // The end of the stack is nearer. Memory ends at a page, so the parts do, too, and the first one is shorter:
+    // u64 first = PART - (sp & (PART - 1));
+    // if (bpf_probe_read_user(slot + HEAD, first, sp)) goto filled;
+    // slot[LEN] = first;
+    // The socket is not used any more.
+    let first_part = SK;
+    asm.copy(R1, sp)
+        .mask(R1, immediate(PART - 1))
+        .set(first_part, immediate(PART))
+        .subtract(first_part, R1, Size::U64)
+        .copy(R1, SLOT)
+        .add(R1, immediate(8 * HEAD))
+        .copy(R2, first_part)
+        .copy(R3, sp)
+        .call(Helper::ReadUser)
+        .if_not(R0, 0, filled)
+        .store_at(SLOT, at(LEN), Size::U64, first_part);
+    for part in 0..STACK / PART - 1 {
+        // if (bpf_probe_read_user(slot + HEAD + first + part, PART, sp + first + part)) goto filled;
         // slot[LEN] += PART;
         let skipped = part * PART;
         asm.copy(R1, SLOT)
             .add(R1, immediate(8 * HEAD + skipped))
+            .add_register(R1, first_part)
             .set(R2, immediate(PART))
             .copy(R3, sp)
             .add(R3, immediate(skipped))
+            .add_register(R3, first_part)
             .call(Helper::ReadUser)
             .if_not(R0, 0, filled)
-            .set(R1, immediate(skipped + PART))
+            .copy(R1, first_part)
+            .add(R1, immediate(skipped + PART))
             .store_at(SLOT, at(LEN), Size::U64, R1);
     }
     // filled:

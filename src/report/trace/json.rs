@@ -58,7 +58,7 @@ pub fn write(
         connections_opened: trace.counts.opened,
         closed_by_peer: trace.counts.closed_by_peer,
         samples_missed: trace.symbols.missed,
-        walk_held_up: trace.is_held_up,
+        walk_incomplete: trace.incomplete.as_deref(),
         younger: scan.younger,
         in_use: scan.in_use,
         unreadable_processes: coverage.unreadable_processes,
@@ -101,8 +101,8 @@ struct Document<'a> {
     connections_opened: u64,
     closed_by_peer: u64,
     samples_missed: usize,
-    /// Whether a process kept the lock of a socket, so that of some it is not known when they became stuck.
-    walk_held_up: bool,
+    /// Why it is not known of all sockets when they became stuck.
+    walk_incomplete: Option<&'a str>,
     younger: usize,
     in_use: usize,
     unreadable_processes: usize,

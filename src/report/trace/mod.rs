@@ -46,24 +46,23 @@ pub fn notes(trace: &Trace, scan: &Scan, found: &Places<'_>) -> Vec<String> {
         let were = if found.unknown == 1 { "was" } else { "were" };
         notes.push(format!("it is not known where {unknown} {were} opened"));
     } else if found.unknown > 0 {
-        let without_slot = trace.counts.reads_without_slot;
         notes.push(format!(
-            "no stack is known of {unknown}: while much happens only a part is sampled; {without_slot} samples had no room, and {} were not read",
-            trace.symbols.missed,
+            "no stack is known of {unknown}: {}",
+            why_no_stack(trace)
         ));
     }
     if trace.not_seen.later {
         notes.push(
-            "kernel.ftrace_enabled became 0 during the trace: from then on it was not seen who accepted, nor, before Linux 6.3, where ends were read"
+            "kernel.ftrace_enabled became 0 during the trace: since then it was not seen who accepted, nor, before Linux 6.3, where ends were read"
                 .to_owned(),
         );
     }
-    if trace.is_held_up && found.new > 0 {
-        notes.push(
-            "a process keeps the lock of a socket (it may hang in a send), so of some sockets it is not known since when they are stuck, and \
-             the shares are less exact"
-                .to_owned(),
-        );
+    if let Some(why) = &trace.incomplete
+        && found.new > 0
+    {
+        notes.push(format!(
+            "{why}, so it is not known since when some sockets are stuck, and the shares are less exact"
+        ));
     }
     if let Some(error) = &trace.not_seen.accepts
         && found.new > 0
@@ -73,6 +72,28 @@ pub fn notes(trace: &Trace, scan: &Scan, found: &Places<'_>) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// Why stacks of reads are missing. The numbers are of the whole host.
+fn why_no_stack(trace: &Trace) -> String {
+    let mut reasons = Vec::new();
+    if trace.is_sampled {
+        reasons
+            .push("the peers closed so many connections that only a part was sampled".to_owned());
+    }
+    if trace.counts.reads_without_slot > 0 {
+        let count = usize::try_from(trace.counts.reads_without_slot).unwrap_or(usize::MAX);
+        let reads = counted(count, "read");
+        reasons.push(format!("{reads} found no free slot"));
+    }
+    if trace.symbols.missed > 0 {
+        let samples = counted(trace.symbols.missed, "sample");
+        reasons.push(format!("{samples} got no answer"));
+    }
+    if reasons.is_empty() {
+        reasons.push("the end was read in a way that is not seen, such as splice(2)".to_owned());
+    }
+    reasons.join("; ")
 }
 
 /// A time of CLOCK_MONOTONIC in RFC 3339.

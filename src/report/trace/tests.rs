@@ -9,6 +9,7 @@ use crate::trace::origin::Origin;
 use crate::trace::places;
 use crate::trace::stack::{End, Frame, Stack};
 use crate::trace::symbols::Symbols;
+use crate::trace::symbols::tests::answer;
 
 static CLIENT: Who = Who("client", 77, "0::/");
 const PROCESS: Traced = Traced {
@@ -53,13 +54,15 @@ fn trace(not_seen: NotSeen) -> Trace {
         weight: 1,
     };
     for cookie in 1..=3 {
-        symbols.answered(PROCESS, cookie, true, stack.clone());
+        symbols.learn(PROCESS, cookie, true, answer(0, Some(stack.clone())));
     }
     Trace {
         symbols,
         before: [].into(),
         lives: (1..=4).map(life).collect(),
-        is_held_up: false,
+        incomplete: None,
+        at_end: None,
+        is_sampled: false,
         counts: Counts::default(),
         ended: Duration::MAX,
         lasted: Duration::from_secs(60),
@@ -82,7 +85,7 @@ fn what_a_trace_could_not_see_is_told() {
         later: true,
         ..NotSeen::default()
     });
-    trace.is_held_up = true;
+    trace.incomplete = Some("a process keeps the lock of a socket".into());
     trace.lives.clear();
     let found = places::find(&trace, &scan);
     assert_eq!(found.places[0].times(), None);
@@ -181,12 +184,26 @@ fn programs_are_told_that_reads_are_not_seen() {
     }
 }
 
-/// A read that was not sampled may have been at another line than the others.
+/// A read without a stack is put where the connection was opened, if that is known.
 #[test]
-fn a_read_without_a_stack_is_unknown_where_reads_are_seen() {
-    let (scan, trace) = (scan(), trace(NotSeen::default()));
+fn a_read_without_a_stack_is_unknown_or_where_it_was_opened() {
+    let (scan, mut trace) = (scan(), trace(NotSeen::default()));
     let found = places::find(&trace, &scan);
-    assert_eq!((found.unknown, found.end_not_read()), (3, 1));
-    let notes = notes(&trace, &scan, &found);
-    assert!(notes[0].starts_with("no stack is known of 3 sockets"));
+    assert_eq!((found.unknown, found.end_not_read()), (1, 1));
+    let ends = found.places.iter().map(|place| place.end);
+    let ends: Vec<_> = ends.collect();
+    let is_expected = matches!(ends[..], [places::End::Read, places::End::NotRead]);
+    assert!(is_expected, "{ends:?}");
+    assert_eq!(
+        notes(&trace, &scan, &found)[0],
+        "no stack is known of 1 socket: the end was read in a way that is not seen, such as splice(2)"
+    );
+    trace.is_sampled = true;
+    trace.counts.reads_without_slot = 1;
+    trace.symbols.missed = 2;
+    assert_eq!(
+        notes(&trace, &scan, &places::find(&trace, &scan))[0],
+        "no stack is known of 1 socket: the peers closed so many connections that only a part was sampled; 1 read found no free slot; 2 samples got \
+         no answer"
+    );
 }

@@ -223,14 +223,14 @@ fn write_stack(stack: &Stack, style: Style, out: &mut dyn Write) -> io::Result<(
     }
     let left_out = stack.frames.len() - shown.len();
     if left_out > 0 {
-        let more = counted(left_out, "more function");
-        writeln!(out, "     and {more}: -v shows all")?;
+        let functions = counted(left_out, "function");
+        writeln!(out, "     ({functions} not shown: -v shows all)")?;
     }
     match stack.end {
         End::Whole => Ok(()),
         End::Cut => writeln!(
             out,
-            "     (the stack is deeper than the part that was copied)"
+            "     (the stack goes on beyond what cwkill keeps of it)"
         ),
         End::Lost => writeln!(out, "     (it is not known who called this)"),
     }

@@ -1,10 +1,14 @@
 //! The memory of a process: which files its code is in, and how to open them.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::rc::Rc;
 
+use super::module::{self, Module, Root};
 use crate::trace::origin::Runtime;
 
 /// A part of the memory that has code.
@@ -39,12 +43,18 @@ pub struct Mapped {
 /// The mark that the kernel puts after the name of a file that has no name any more.
 const DELETED: &str = " (deleted)";
 
-/// The code in the memory of a process, by its address.
+/// The code in the memory of a process, by its address, and the files that it is in.
 #[derive(Debug, Default)]
 pub struct Memory {
     pid: i32,
     code: Vec<Code>,
+    /// The files that are open. They can be read after they were deleted, and after the process has ended. None is closed before all are: names
+    /// are remembered by the numbers of the descriptors.
+    modules: Rc<RefCell<HashMap<Mapped, Rc<Module>>>>,
 }
+
+/// Files that are opened before a stack needs them.
+const OPENED_EARLY: usize = 256;
 
 impl Memory {
     /// # Errors
@@ -53,11 +63,45 @@ impl Memory {
         Ok(Self::parse(pid, &fs::read(format!("/proc/{pid}/maps"))?))
     }
 
+    /// The same process later. The files stay open.
+    ///
+    /// # Errors
+    /// As [`Memory::read`].
+    pub fn read_again(&self) -> io::Result<Self> {
+        let again = Self::read(self.pid)?;
+        let modules = self.modules.clone();
+        Ok(Memory { modules, ..again })
+    }
+
     /// A line that is not understood is left out. The name of a file may have any bytes.
     pub fn parse(pid: i32, maps: &[u8]) -> Self {
         let maps = String::from_utf8_lossy(maps);
-        let code = maps.split('\n').filter_map(code).collect();
-        Memory { pid, code }
+        Memory {
+            pid,
+            code: maps.split('\n').filter_map(code).collect(),
+            modules: Rc::default(),
+        }
+    }
+
+    /// Opens the files now. The process may end soon.
+    pub fn open_files(&self) {
+        for code in self.code.iter().take(OPENED_EARLY) {
+            if let CodeSource::File(file) = &code.from {
+                self.module(code, file);
+            }
+        }
+    }
+
+    /// The file that `code` is in; `None` if it cannot be opened, or if there is another one in its place.
+    pub fn module(&self, code: &Code, file: &Mapped) -> Option<Rc<Module>> {
+        let mut modules = self.modules.borrow_mut();
+        if let Some(module) = modules.get(file) {
+            return Some(module.clone());
+        }
+        let opened = self.open(code, file).ok()?;
+        let module = Rc::new(Module::new(opened, &file.name, self.pid));
+        modules.insert(file.clone(), module.clone());
+        Some(module)
     }
 
     /// The code at this address.
@@ -91,36 +135,23 @@ impl Memory {
         })
     }
 
-    /// A path by which cwkill can open the file that `code` is in. The path leads to that file, also if another one has its name now.
+    /// Opens the very file that `code` is in: by map_files, also after it was deleted or replaced; else by its name, if the inode is the same.
     ///
     /// # Errors
     /// The file cannot be opened, or there is another one in its place.
-    pub fn path(&self, code: &Code, file: &Mapped) -> io::Result<PathBuf> {
+    fn open(&self, code: &Code, file: &Mapped) -> io::Result<File> {
         // It needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN of the first user namespace (fs/proc/base.c, proc_map_files_get_link).
         let (start, end) = (code.start, code.end);
-        let by_map = PathBuf::from(format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid));
-        if fs::metadata(&by_map).is_ok_and(|metadata| metadata.is_file()) {
-            return Ok(by_map);
+        let by_map = format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid);
+        if let Ok(file) = module::open(Path::new(&by_map)) {
+            return Ok(file);
         }
-        let by_name = PathBuf::from(format!("/proc/{}/root{}", self.pid, file.name));
-        let metadata = fs::metadata(&by_name)?;
-        match metadata.is_file() && metadata.ino() == file.inode {
+        let by_name = Root::of(self.pid)?.open(Path::new(&file.name))?;
+        match by_name.metadata()?.ino() == file.inode {
             true => Ok(by_name),
             false => Err(io::ErrorKind::NotFound.into()),
         }
     }
-}
-
-/// Opens a file to read it. A FIFO in its place does not hold the reader up.
-///
-/// # Errors
-/// As open(2).
-pub fn open(path: &Path) -> io::Result<File> {
-    let mut options = File::options();
-    options
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)
 }
 
 /// The code of a line of /proc/PID/maps, if it has code. Source: proc_pid_maps(5).
@@ -194,8 +225,9 @@ mod tests {
         let CodeSource::File(file) = &code.from else {
             panic!("{code:?}");
         };
-        let path = memory.path(code, file).unwrap();
-        assert!(open(&path).unwrap().metadata().unwrap().is_file());
+        let own = File::open("/proc/self/exe").unwrap().metadata().unwrap();
+        let opened = memory.open(code, file).unwrap().metadata().unwrap();
+        assert_eq!((opened.dev(), opened.ino()), (own.dev(), own.ino()));
         assert_eq!(memory.at(0), None);
         assert!(memory.has_all_files_of(&Memory::read(pid).unwrap()));
         assert!(!Memory::default().has_all_files_of(&memory));

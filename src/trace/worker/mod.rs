@@ -27,6 +27,7 @@ use super::protocol::{Answer, LastWord, Question, write_line};
 use super::stack::{End, Frame, Stack};
 use crate::privileges::capabilities;
 use memory::{CodeSource, Memory};
+use module::{Root, open};
 use names::Names;
 use perf_map::PerfMap;
 use unwind::Unwinder;
@@ -41,10 +42,16 @@ pub const CAPABILITIES: [Capability; 3] = [
 
 /// Bytes of memory for unwind information and symbols of one process. Symbol files are mapped, which does not count.
 const MAX_MEMORY: u64 = 1 << 30;
-/// Seconds of processor time for one answer.
+/// Seconds of processor time for one answer, and for all.
 const MAX_CPU: u64 = 20;
+const MAX_CPU_OF_ALL: u64 = 120;
+/// Who traces a sick host must not make it worse: other processes come first, and the kernel ends this one first if memory is short.
+const NICE: i32 = 19;
+const OOM_SCORE_ADJ: &str = "1000";
 /// Frames of a stack, with the inlined ones.
 const MAX_FRAMES: usize = 256;
+/// Bytes of a stack with its names. Only those of hostile files are so long.
+const MAX_STACK: usize = 128 << 10;
 /// Different stacks of a process. Of further ones nothing is known.
 const MAX_STACKS: usize = 10_000;
 /// The memory map is read again for an unknown address, at most so often.
@@ -56,6 +63,7 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// What cannot be read or written. A problem with the traced process is an answer.
 pub fn serve(pid: i32, started: u64) -> io::Result<()> {
     limit();
+    limit_time();
     let mut traced = TracedProcess::open(pid, started);
     let (mut questions, mut answers) = (io::stdin().lock(), io::stdout().lock());
     while let Some(question) = Question::read(&mut questions)? {
@@ -65,6 +73,10 @@ pub fn serve(pid: i32, started: u64) -> io::Result<()> {
             Err(problem) => Answer::unknown([*problem].into()),
         };
         write_line(&mut answers, &answer)?;
+        // Not before the answer: a file that this stack does not need may hang.
+        if let Ok(traced) = &mut traced {
+            traced.open_files();
+        }
     }
     let problems = match traced {
         Ok(traced) => traced.finish(|answer| write_line(&mut answers, &LastWord::Again(answer)))?,
@@ -78,6 +90,8 @@ fn limit() {
     let _ = capabilities::drop_all_but(&CAPABILITIES.into());
     let _ = setrlimit(Resource::RLIMIT_DATA, MAX_MEMORY, MAX_MEMORY);
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    let _ = rustix::process::nice(NICE);
+    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ);
 }
 
 /// What a file may cost: the time of one answer. The kernel ends the process at its limit.
@@ -86,7 +100,8 @@ fn limit_time() {
         return;
     };
     let used = used.user_time().tv_sec() + used.system_time().tv_sec();
-    let most = u64::try_from(used).unwrap_or_default() + MAX_CPU;
+    let used = u64::try_from(used).unwrap_or_default();
+    let most = (used + MAX_CPU).min(MAX_CPU_OF_ALL);
     let _ = setrlimit(Resource::RLIMIT_CPU, most, RLIM_INFINITY);
 }
 
@@ -97,6 +112,7 @@ struct TracedProcess {
     program: Option<(u64, u64)>,
     memory: Memory,
     read_at: Instant,
+    files_are_open: bool,
     unwinder: Unwinder,
     names: Names,
     /// The stacks that were answered, by their addresses.
@@ -132,8 +148,9 @@ impl TracedProcess {
             program: program(pid),
             memory,
             read_at: Instant::now(),
+            files_are_open: false,
             unwinder: Unwinder::default(),
-            names: Names::new(pid, runtime, read_perf_map(pid)),
+            names: Names::new(runtime, read_perf_map(pid)),
             known: HashMap::new(),
             before: 0,
             problems: BTreeSet::new(),
@@ -183,10 +200,23 @@ impl TracedProcess {
         Ok((next, Some(stack)))
     }
 
+    /// Opens the files that it has mapped: it may end soon.
+    fn open_files(&mut self) {
+        if !std::mem::replace(&mut self.files_are_open, true) {
+            self.memory.open_files();
+        }
+    }
+
     /// Reads again which code is where. If the process has ended, what was read stays.
     fn read_again(&mut self) {
         self.read_at = Instant::now();
-        let Ok(memory) = Memory::read(self.pid) else {
+        let program = program(self.pid);
+        let runs_another = program.is_some() && program != self.program;
+        let memory = match runs_another {
+            true => Memory::read(self.pid),
+            false => self.memory.read_again(),
+        };
+        let Some(memory) = memory.ok().filter(|memory| memory.end() != 0) else {
             return;
         };
         if !memory.has_all_files_of(&self.memory) {
@@ -196,23 +226,27 @@ impl TracedProcess {
             self.known.clear();
         }
         self.memory = memory;
-        if let Some(now) = program(self.pid)
-            && self.program != Some(now)
-        {
-            self.program = Some(now);
+        if runs_another {
+            self.program = program;
+            self.files_are_open = false;
             let (runtime, _) = about_program(self.pid, self.memory.runtime());
-            self.names = Names::new(self.pid, runtime, read_perf_map(self.pid));
+            self.names = Names::new(runtime, read_perf_map(self.pid));
         }
     }
 
     fn stack(&self, addresses: &[u64], end: End) -> Stack {
         let frames = addresses.iter();
         let frames = frames.flat_map(|&address| self.names.frames(address, &self.memory));
-        let frames: Vec<Frame> = frames.take(MAX_FRAMES).collect();
+        let mut bytes = 0;
+        let fits = |frame: &Frame| {
+            bytes += frame.bytes();
+            bytes <= MAX_STACK
+        };
+        let frames: Vec<Frame> = frames.take(MAX_FRAMES).take_while(fits).collect();
         // A chain of frame pointers also ends where code without them begins.
         let is_named = frames.last().is_some_and(|last| last.function.is_some());
         let end = match end {
-            End::Whole if frames.len() == MAX_FRAMES => End::Cut,
+            End::Whole if frames.len() == MAX_FRAMES || bytes > MAX_STACK => End::Cut,
             End::Whole if !is_named && self.names.runtime.is_some() => End::Lost,
             end => end,
         };
@@ -222,12 +256,15 @@ impl TracedProcess {
     fn note_problems(&mut self, addresses: &[u64], stack: &Stack) {
         let is_gone = |address: &u64| match self.memory.at(*address).map(|code| (code, &code.from))
         {
-            Some((code, CodeSource::File(file))) => self.memory.path(code, file).is_err(),
+            Some((code, CodeSource::File(file))) => self.memory.module(code, file).is_none(),
             _ => false,
         };
         let has_names = stack.frames.iter().any(|frame| frame.function.is_some());
         if addresses.iter().any(is_gone) {
-            self.problems.insert(Problem::FileGone);
+            self.problems.insert(match program(self.pid) {
+                Some(_) => Problem::FileGone,
+                None => Problem::Ended,
+            });
         } else if self.unwinder.is_damaged || self.names.are_damaged() {
             self.problems.insert(Problem::Damaged);
         } else if !has_names && self.names.runtime.is_none() {
@@ -299,7 +336,7 @@ fn in_ticks(nanoseconds: u64) -> u64 {
 fn about_program(pid: i32, known: Option<Runtime>) -> (Option<Runtime>, bool) {
     use object::Object;
     let path = format!("/proc/{pid}/exe");
-    let Ok(file) = memory::open(Path::new(&path)) else {
+    let Ok(file) = open(Path::new(&path)) else {
         return (known, false);
     };
     let cache = object::read::ReadCache::new(file);
@@ -318,6 +355,9 @@ fn read_perf_map(pid: i32) -> Option<PerfMap> {
     let own = status.nspid.and_then(|pids| pids.last().copied());
     let own = own.unwrap_or(pid);
     let user = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
-    let path = format!("/proc/{pid}/root/tmp/perf-{own}.map");
-    PerfMap::read(Path::new(&path), user).ok()
+    let file = Root::of(pid)
+        .ok()?
+        .open(Path::new(&format!("/tmp/perf-{own}.map")))
+        .ok()?;
+    PerfMap::read(&file, user).ok()
 }

@@ -7,15 +7,14 @@ use std::ffi::OsStr;
 use std::fmt::Write;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use object::read::{ReadCache, ReadRef};
 use object::{CompressionFormat, Object, ObjectSection, ObjectSegment};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
-
-use super::memory;
 
 /// The directories in which packages put debug symbols.
 pub const DEBUG_DIRS: [&str; 2] = ["/usr/lib/debug", "/lib/debug"];
@@ -24,8 +23,9 @@ pub const DEBUG_DIRS: [&str; 2] = ["/usr/lib/debug", "/lib/debug"];
 const MAX_INFLATED: u64 = 512 << 20;
 
 /// A file with code.
+#[derive(Debug)]
 pub struct Module {
-    file: File,
+    pub file: File,
     pub content: Content,
     /// The file with its debug symbols, if it is another one.
     pub debug: Option<Debug>,
@@ -37,18 +37,21 @@ pub enum Content {
     All,
     /// Its debug symbols are elsewhere, or it is no file of a program.
     NoDebug,
-    /// Its debug symbols would take too much memory.
-    DebugTooLarge,
+    /// Its debug symbols would take too much memory, or are not compressed by zlib.
+    DebugUnreadable,
+    /// Sections are compressed that no linker compresses. blazesym could run out of memory.
     Nothing,
 }
 
 /// A file with the debug symbols of another one.
+#[derive(Debug)]
 pub struct Debug {
     file: File,
     /// Where the parts of the other file are in it, and at which addresses of the program.
     segments: Vec<Segment>,
 }
 
+#[derive(Debug)]
 struct Segment {
     at: u64,
     size: u64,
@@ -56,20 +59,15 @@ struct Segment {
 }
 
 impl Module {
-    /// Opens the file at `path`. `name`: its path as the process sees it.
-    ///
-    /// # Errors
-    /// As open(2).
-    pub fn open(path: &Path, name: &str, pid: i32) -> io::Result<Self> {
-        let file = memory::open(path)?;
+    /// `name`: its path as the process sees it.
+    pub fn new(file: File, name: &str, pid: i32) -> Self {
         let cache = ReadCache::new(&file);
         let Ok(elf) = object::File::parse(&cache) else {
-            let content = Content::NoDebug;
-            return Ok(Module {
+            return Module {
                 file,
-                content,
+                content: Content::NoDebug,
                 debug: None,
-            });
+            };
         };
         let content = match content(&elf) {
             // blazesym would follow them.
@@ -82,11 +80,11 @@ impl Module {
             true => Debug::find(&elf, name, pid),
             false => None,
         };
-        Ok(Module {
+        Module {
             file,
             content,
             debug,
-        })
+        }
     }
 
     /// A path that leads to this very file.
@@ -109,7 +107,7 @@ impl Debug {
                 .map(|dir| format!("{dir}/.build-id/{first:02x}/{rest}.debug").into())
                 .to_vec();
         }
-        let of_host = names.len();
+        let by_build_id = names.len();
         if let Ok(Some((link, _))) = elf.gnu_debuglink() {
             let link = OsStr::from_bytes(link);
             let directory = Path::new(name).parent().unwrap_or(Path::new("/"));
@@ -120,18 +118,14 @@ impl Debug {
                 in_debug_dir.join(link),
             ]);
         }
-        let found = |root: String, names: &[PathBuf], may_have_supplement| {
-            let root = open_root(&root).ok()?;
-            let files = names
-                .iter()
-                .filter_map(|name| open_in(root.as_fd(), name).ok());
-            files
-                .into_iter()
-                .find(|file| is_of(file, id, may_have_supplement))
+        let found = |root: io::Result<Root>, names: &[PathBuf], may_have_supplement| {
+            let root = root.ok()?;
+            let mut files = names.iter().filter_map(|name| root.open(name).ok());
+            files.find(|file| is_of(file, id, may_have_supplement))
         };
-        let file = found(format!("/proc/{pid}/root"), &names, false)
-            // What root has installed on the host is no longer hostile.
-            .or_else(|| found("/".to_owned(), &names[..of_host], true))?;
+        let file = found(Root::of(pid), &names, false)
+            // What root has installed on the host is not hostile.
+            .or_else(|| found(Root::at("/"), &names[..by_build_id], true))?;
         let segments = elf.segments().map(|segment| {
             let (at, size) = segment.file_range();
             let address = segment.address();
@@ -180,15 +174,17 @@ fn has_supplement<'d, R: ReadRef<'d>>(elf: &object::File<'d, R>) -> bool {
         .any(|name| elf.section_by_name(name).is_some())
 }
 
-/// By its compressed sections: blazesym 0.2.7 asks for as much memory as one says, and ends the process if there is not as much.
+/// By its compressed sections: blazesym 0.2.7 asks for as much memory as one says, and ends the process if there is not as much. It is built
+/// with zlib alone.
 fn content<'d, R: ReadRef<'d>>(elf: &object::File<'d, R>) -> Content {
     let mut inflated = 0_u64;
     for section in elf.sections() {
         let range = section.compressed_file_range();
         match range.map(|it| (it.format, it.uncompressed_size)) {
             Ok((CompressionFormat::None, _)) => {}
-            Ok((_, size)) if is_debug(section.name_bytes()) => {
-                inflated = inflated.saturating_add(size);
+            Ok((format, size)) if is_debug(section.name_bytes()) => {
+                let is_zlib = format == CompressionFormat::Zlib;
+                inflated = inflated.saturating_add(if is_zlib { size } else { u64::MAX });
             }
             // No linker compresses others.
             Ok(_) => return Content::Nothing,
@@ -196,7 +192,7 @@ fn content<'d, R: ReadRef<'d>>(elf: &object::File<'d, R>) -> Content {
         }
     }
     match inflated > MAX_INFLATED {
-        true => Content::DebugTooLarge,
+        true => Content::DebugUnreadable,
         false => Content::All,
     }
 }
@@ -206,28 +202,52 @@ fn is_debug(name: Result<&[u8], object::Error>) -> bool {
     name.is_ok_and(|name| name.starts_with(b".debug_") || name.starts_with(b".zdebug_"))
 }
 
-fn open_root(path: &str) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+/// The root directory of a process.
+pub struct Root(OwnedFd);
+
+impl Root {
+    /// # Errors
+    /// As open(2).
+    pub fn of(pid: i32) -> io::Result<Self> {
+        Self::at(&format!("/proc/{pid}/root"))
+    }
+
+    fn at(path: &str) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Root(rustix::fs::open(path, flags, Mode::empty())?))
+    }
+
+    /// Opens a regular file. No link leads out of the root directory.
+    ///
+    /// # Errors
+    /// As openat2(2). EINVAL: it is no regular file.
+    pub fn open(&self, name: &Path) -> io::Result<File> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        open_regular(rustix::fs::openat2(
+            &self.0,
+            name,
+            flags,
+            Mode::empty(),
+            resolve,
+        )?)
+    }
 }
 
-/// Opens a regular file below `root`, which no link leads out of.
+/// Opens a regular file, by any path.
 ///
 /// # Errors
-/// As openat2(2). EINVAL: it is no regular file.
-fn open_in(root: BorrowedFd<'_>, name: &Path) -> io::Result<File> {
-    // To open a device can do something already.
-    let found = rustix::fs::openat2(
-        root,
-        name,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-    )?;
-    let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
-    match kind {
-        FileType::RegularFile => memory::open(&path_of(&found)),
-        _ => Err(io::ErrorKind::InvalidInput.into()),
+/// As open(2). EINVAL: it is no regular file.
+pub fn open(path: &Path) -> io::Result<File> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    open_regular(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// To open a device can do something already. So it is looked at first.
+fn open_regular(found: OwnedFd) -> io::Result<File> {
+    match FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode) {
+        FileType::RegularFile => File::open(path_of(&found)),
+        _ => Err(Errno::EINVAL.into()),
     }
 }
 
@@ -254,9 +274,12 @@ mod tests {
         symlink("../../../../in/file", at("in/up")).unwrap();
         symlink(outside.path().join("secret"), at("out")).unwrap();
         symlink("/proc/self/exe", at("magic")).unwrap();
+        let device = Path::new("/dev/null");
+        assert!(open(device).is_err());
+        assert!(open(&at("in/file")).is_ok());
         nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let root = open_root(root.path().to_str().unwrap()).unwrap();
-        let is_opened = |name: &str| open_in(root.as_fd(), Path::new(name)).is_ok();
+        let root = Root::at(root.path().to_str().unwrap()).unwrap();
+        let is_opened = |name: &str| root.open(Path::new(name)).is_ok();
         for name in ["in/file", "/in/file", "absolute", "in/up", "/../in/file"] {
             assert!(is_opened(name), "{name}");
         }

@@ -1,26 +1,21 @@
 //! From addresses to functions, files and lines.
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::rc::Rc;
 
 use blazesym::ErrorKind;
 use blazesym::symbolize::source::{Elf, Source};
 use blazesym::symbolize::{CodeInfo, Input, Sym, Symbolized, Symbolizer};
 
-use super::memory::{Code, CodeSource, Mapped, Memory};
+use super::memory::{CodeSource, Memory};
 use super::module::{Content, DEBUG_DIRS, Module};
 use super::perf_map::{self, PerfMap};
 use crate::trace::origin::{Origin, Runtime};
 use crate::trace::stack::Frame;
 
-/// The reader of symbols of one process.
+/// Names the addresses of one process.
 pub struct Names {
-    pid: i32,
     symbolizer: Symbolizer,
-    /// The files that are open. They are read after they were deleted, and after the process has ended.
-    modules: RefCell<HashMap<Mapped, Rc<Module>>>,
     pub runtime: Option<Runtime>,
     /// The names of code that was made at run time.
     pub perf_map: Option<PerfMap>,
@@ -29,7 +24,7 @@ pub struct Names {
 }
 
 impl Names {
-    pub fn new(pid: i32, runtime: Option<Runtime>, perf_map: Option<PerfMap>) -> Self {
+    pub fn new(runtime: Option<Runtime>, perf_map: Option<PerfMap>) -> Self {
         let symbolizer = Symbolizer::builder()
             .enable_auto_reload(false)
             .enable_code_info(true)
@@ -39,9 +34,7 @@ impl Names {
             .set_debug_dirs(Some(DEBUG_DIRS))
             .build();
         Names {
-            pid,
             symbolizer,
-            modules: RefCell::default(),
             runtime,
             perf_map,
             is_damaged: Cell::new(false),
@@ -58,7 +51,7 @@ impl Names {
         match code.map(|code| (code, &code.from)) {
             Some((code, CodeSource::File(file))) => {
                 let in_file = address - code.start + code.offset;
-                let module = self.module(code, file, memory);
+                let module = memory.module(code, file);
                 self.frames_of_file(module.as_deref(), &file.name, in_file)
             }
             Some((code, CodeSource::Vdso)) => {
@@ -66,20 +59,6 @@ impl Names {
             }
             Some((_, CodeSource::RunTime)) | None => vec![self.frame_of_run_time(address)],
         }
-    }
-
-    fn module(&self, code: &Code, file: &Mapped, memory: &Memory) -> Option<Rc<Module>> {
-        let mut modules = self.modules.borrow_mut();
-        if let Some(module) = modules.get(file) {
-            return Some(module.clone());
-        }
-        let path = memory.path(code, file).ok()?;
-        let module = Rc::new(Module::open(&path, &file.name, self.pid).ok()?);
-        if matches!(module.content, Content::DebugTooLarge | Content::Nothing) {
-            self.is_damaged.set(true);
-        }
-        modules.insert(file.clone(), module.clone());
-        Some(module)
     }
 
     fn frames_of_file(&self, module: Option<&Module>, name: &str, in_file: u64) -> Vec<Frame> {
@@ -92,8 +71,13 @@ impl Names {
 
     /// With damaged debug symbols, the names that the file has without them are left.
     fn symbol(&self, module: &Module, in_file: u64) -> Option<Sym<'_>> {
-        if module.content == Content::Nothing {
-            return None;
+        match module.content {
+            Content::All | Content::NoDebug => {}
+            Content::DebugUnreadable => self.is_damaged.set(true),
+            Content::Nothing => {
+                self.is_damaged.set(true);
+                return None;
+            }
         }
         let mut sources = Vec::new();
         if let Some(debug) = &module.debug

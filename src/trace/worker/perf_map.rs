@@ -4,8 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
 
 /// A larger file is not read to its end.
 const MAX_BYTES: u64 = 64 << 20;
@@ -21,17 +20,10 @@ impl PerfMap {
     /// Reads the file. `user`: whose it must be, unless it is root's. Anybody may write into /tmp.
     ///
     /// # Errors
-    /// It is not there, or it is not a file of that user.
-    pub fn read(path: &Path, user: u32) -> io::Result<Self> {
-        let mut options = File::options();
-        // Something else that has this name must not hold cwkill up.
-        options
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC);
-        let file = options.open(path)?;
+    /// It is not a file of that user, or as read(2).
+    pub fn read(file: &File, user: u32) -> io::Result<Self> {
         let metadata = file.metadata()?;
-        let is_theirs = metadata.uid() == user || metadata.uid() == 0;
-        if !metadata.is_file() || !is_theirs {
+        if metadata.uid() != user && metadata.uid() != 0 {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let mut bytes = Vec::new();

@@ -1,6 +1,7 @@
 //! From registers and stack to the addresses of the calls.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 
@@ -10,7 +11,7 @@ use framehop::{
 use object::read::{ReadCache, ReadRef};
 use object::{Object, ObjectSection, ObjectSegment};
 
-use super::memory::{self, Code, CodeSource, Memory};
+use super::memory::{Code, CodeSource, Memory};
 use crate::trace::protocol::Question;
 use crate::trace::stack::End;
 
@@ -19,7 +20,7 @@ const MAX_FRAMES: usize = 128;
 /// The largest section with unwind information that is read. Those of the largest programs have 30 MB.
 const MAX_SECTION: u64 = 256 << 20;
 
-/// A missing word so near to the copied part of a stack is beyond it; one farther away is on no stack. The usual limit of a stack is 8 MB.
+/// A missing word that is at most so far behind the copied part belongs to the stack. One farther away is on no stack: 8 MB is the usual limit.
 const NEAR: u64 = 8 << 20;
 /// Where a page ends is known by its lower bits. The smallest page has 4 KiB.
 const IN_PAGE: u64 = 0xfff;
@@ -98,10 +99,10 @@ impl Unwinder {
         let CodeSource::File(file) = &code.from else {
             return;
         };
-        let Ok(path) = memory.path(code, file) else {
+        let Some(opened) = memory.module(code, file) else {
             return;
         };
-        match module(&path, code) {
+        match module(&opened.file, &file.name, code) {
             Ok(Some(module)) => self.native.add_module(module),
             Ok(None) => self.is_damaged = true,
             Err(_) => {}
@@ -124,17 +125,17 @@ fn registers(input: &Question, _: &Memory) -> UnwindRegsNative {
 ///
 /// # Errors
 /// It cannot be read, or it never was a file with unwind information: code that is made at run time can be in a file, too.
-fn module(path: &std::path::Path, code: &Code) -> io::Result<Option<Module<Vec<u8>>>> {
-    let cache = ReadCache::new(memory::open(path)?);
+fn module(file: &File, name: &str, code: &Code) -> io::Result<Option<Module<Vec<u8>>>> {
+    let cache = ReadCache::new(file);
     let magic = cache.read_bytes_at(0, object::elf::ELFMAG.len() as u64);
     if magic != Ok(&object::elf::ELFMAG[..]) {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    let Ok(file) = object::File::parse(&cache) else {
+    let Ok(elf) = object::File::parse(&cache) else {
         return Ok(None);
     };
     // The difference between addresses in memory and in the file.
-    let bias = file.segments().find_map(|segment| {
+    let bias = elf.segments().find_map(|segment| {
         let (at, size) = segment.file_range();
         // A mapping begins at a page, so it may have the end of the segment before.
         let covers =
@@ -147,7 +148,7 @@ fn module(path: &std::path::Path, code: &Code) -> io::Result<Option<Module<Vec<u
         return Ok(None);
     };
     let place = |name: &str| -> Option<Range<u64>> {
-        let section = file.section_by_name(name)?;
+        let section = elf.section_by_name(name)?;
         let end = section.address().checked_add(section.size())?;
         Some(section.address()..end)
     };
@@ -156,15 +157,14 @@ fn module(path: &std::path::Path, code: &Code) -> io::Result<Option<Module<Vec<u
         text_svma: place(".text"),
         got_svma: place(".got"),
         eh_frame_svma: place(".eh_frame"),
-        eh_frame: bytes(&file, ".eh_frame"),
+        eh_frame: bytes(&elf, ".eh_frame"),
         eh_frame_hdr_svma: place(".eh_frame_hdr"),
-        eh_frame_hdr: bytes(&file, ".eh_frame_hdr"),
-        debug_frame: bytes(&file, ".debug_frame"),
+        eh_frame_hdr: bytes(&elf, ".eh_frame_hdr"),
+        debug_frame: bytes(&elf, ".debug_frame"),
         ..Default::default()
     };
-    let name = path.to_string_lossy().into_owned();
     Ok(Some(Module::new(
-        name,
+        name.to_owned(),
         code.start..code.end,
         bias,
         sections,
