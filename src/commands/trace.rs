@@ -18,6 +18,7 @@ use crate::finder;
 use crate::history::History;
 use crate::model::Privilege;
 use crate::privileges::capabilities;
+use crate::proc::netns::{Namespaces, NetnsScope};
 use crate::report::{ExitStatus, trace as report};
 use crate::tcp::TcpState;
 use crate::terminal::{Terminal, columns, ignore_closed_reader, is_coloured, say, write_out};
@@ -69,26 +70,31 @@ pub(super) fn run(args: TraceArgs) -> anyhow::Result<ExitStatus> {
     terminal.hold_signals();
     let mut history = History::open();
     let open_namespaces = || finder::open_namespaces(&scope.netns, &scope.selectors, &proc);
-    let first = open_namespaces()?;
     // Of any owner, age and cause: what is of interest is decided at the end.
-    let selectors = scope.selectors.of_any_age_and_cause();
-    let find_sockets = || -> anyhow::Result<HashSet<u64>> {
-        let scan = finder::find_sockets(&first, &selectors, &history)?;
+    let selectors = scope.selectors.of_any_owner_and_cause();
+    let find_sockets = |namespaces: &Namespaces| -> anyhow::Result<HashSet<u64>> {
+        let scan = finder::find_sockets(namespaces, &selectors, &history)?;
         let cookies = scan.targets.iter().map(|it| it.socket.cookie().0);
         Ok(cookies.collect())
     };
-    let mut watch = Watch::new(tracer, find_sockets()?);
+    let first = open_namespaces()?;
+    let mut watch = Watch::new(tracer, find_sockets(&first)?);
+    // A namespace may lose its name meanwhile. Those of all containers are not kept: each would stay after its container's end.
+    let kept = (scope.netns != NetnsScope::All).then_some(first);
     let time = duration.map_or_else(String::new, |time| format!(" for {}", seconds(time)));
     // Printed without a terminal, too: scripts wait for this line.
     say(format_args!(
         "watching{time}; Ctrl-C ends it and shows what was found"
     ));
     let until = duration.map(|duration| deadline(terminal.now(), duration));
-    watch.go_on(until, &terminal, || find_sockets().ok());
-    // A namespace may have lost its name meanwhile.
-    let again = open_namespaces();
-    let namespaces = again.as_ref().unwrap_or(&first);
-    let scan = finder::find(namespaces, &proc, &scope.selectors, &history);
+    watch.go_on(until, &terminal, || {
+        find_sockets(&open_namespaces().ok()?).ok()
+    });
+    let namespaces = match (open_namespaces(), kept) {
+        (Err(_), Some(kept)) => kept,
+        (opened, _) => opened?,
+    };
+    let scan = finder::find(&namespaces, &proc, &scope.selectors, &history);
     say_notes(history.take_notes());
     let scan = scan?;
     let trace = watch.finish(&scan);

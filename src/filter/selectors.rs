@@ -135,10 +135,15 @@ impl Selectors {
         }
     }
 
-    /// The same selectors without what changes while a socket is stuck: its age, its idle time and its cause.
+    /// The same selectors without what can change while a socket is stuck: its owners, age, idle time and cause.
     #[cfg(feature = "trace")]
-    pub fn of_any_age_and_cause(&self) -> Selectors {
+    pub fn of_any_owner_and_cause(&self) -> Selectors {
         Selectors {
+            pids: BTreeSet::new(),
+            processes: Vec::new(),
+            units: Vec::new(),
+            containers: ContainerSelectors::default(),
+            cgroups: Vec::new(),
             causes: BTreeSet::new(),
             address_gone: false,
             ..self.of_any_age()

@@ -132,6 +132,8 @@ impl Watch {
     fn take(&mut self, age: Duration, wait: Duration) {
         let until = Instant::now() + wait;
         let symbols = &mut self.symbols;
+        // First: who has answered is not late.
+        symbols.collect();
         self.tracer.take(age, |sample| symbols.ask(sample, until));
         symbols.collect();
     }

@@ -100,6 +100,9 @@ const C_FUNCTIONS: &[&str] = &[
     "connect",
     "syscall",
     "syscall_cp_asm",
+    // Of musl.
+    "sccp",
+    "libc_start_main_stage2",
 ];
 
 impl Origin {
@@ -187,7 +190,8 @@ fn without_result(name: &str) -> &str {
             '(' if depth == 0 && !name[at..].starts_with("(anonymous") => break,
             '<' | '(' | '{' | '[' => depth += 1,
             '>' | ')' | '}' | ']' => depth = depth.saturating_sub(1),
-            ' ' if depth == 0 => start = at + 1,
+            // `operator bool` is a part of a name, too.
+            ' ' if depth == 0 && !name[..at].ends_with("operator") => start = at + 1,
             _ => {}
         }
     }
@@ -273,6 +277,7 @@ mod tests {
             ("std::string shop::read<std::string>(std::istream&)", None),
             ("shop::(anonymous namespace)::serve(std::vector<int>)", None),
             ("shop::Lines::operator()(std::string const&) const", None),
+            ("shop::Lines::operator std::string() const", None),
         ] {
             assert_eq!(origin(name, "/srv/app", runtime), Origin::Own, "{name}");
         }

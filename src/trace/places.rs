@@ -251,8 +251,8 @@ fn count_unread(
     group.count += 1;
 }
 
-/// A place has its own sockets, and of those whose end was read at an unknown place as many as its samples stand for: a sample that was one of
-/// N stands for N - 1 others.
+/// A place has its own sockets. Of those whose end was read at an unknown place it has as many as its samples stand for, as far as there are so
+/// many: a sample that was one of N stands for N - 1 others. The rest is shared out by the numbers of sockets.
 #[expect(
     clippy::cast_precision_loss,
     reason = "numbers of sockets are far below 2^52"
@@ -272,13 +272,14 @@ fn set_shares(found: &mut Places<'_>) {
     let all: f64 = of_reads().map(count).sum();
     let all_others: f64 = of_reads().map(others).sum();
     let (new, unknown) = (found.new.max(1) as f64, found.unknown as f64);
+    let by_weight = unknown.min(all_others);
     for place in &mut found.places {
-        let part = match place.end {
-            End::ReadAt(_) if all_others > 0.0 => others(place) / all_others,
-            End::ReadAt(_) => count(place) / all,
-            End::Read | End::NotRead => 0.0,
-        };
-        place.share = (count(place) + unknown * part) / new;
+        let mut sockets = count(place);
+        if matches!(place.end, End::ReadAt(_)) {
+            sockets += (unknown - by_weight) * count(place) / all;
+            sockets += by_weight * others(place) / all_others.max(1.0);
+        }
+        place.share = sockets / new;
     }
 }
 

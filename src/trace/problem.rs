@@ -30,7 +30,7 @@ pub enum Problem {
     TooSlow,
     /// A file is not what it says, or the process that reads symbols ended, for example because of such a file.
     #[error(
-        "not all of its symbols could be read: a file of it is damaged, is compressed by zstd, or takes more than 20 s or 1 GiB"
+        "not all of its symbols could be read: a file of it is damaged, is compressed by zstd, or takes too much memory or processor time"
     )]
     Damaged,
     #[error("some of its stacks were not read: cwkill reads those of 32 processes at a time")]

@@ -20,16 +20,17 @@ const MAX_READERS: usize = 32;
 const MAX_FOR_OPENINGS: usize = MAX_READERS / 2;
 /// When no further reader may run, the one that was not asked for the longest time ends, if that is longer ago than this.
 const IDLE: Duration = Duration::from_secs(1);
-/// Then one that owes an answer for so long is killed, too: a file system may hang.
-const LATE: Duration = Duration::from_secs(30);
+/// Then one that owes an answer or its last words for so long is killed, too: a file system may hang.
+const LATE: Duration = Duration::from_secs(60);
 /// Samples that wait for one of them: 4 MiB of it, and 128 MiB of all.
 const MAX_WAITING: usize = 256;
 /// Reports that wait for cwkill. The threads wait then. Each has 128 KiB at most, see `worker`.
 const MAX_REPORTS: usize = 1024;
 /// Processes that are given up are remembered up to this number.
 const MAX_GIVEN_UP: usize = 4096;
-/// How often a reader that was killed is started again.
+/// How often a reader that was killed is started again within this time.
 const MAX_RESTARTS: usize = 3;
+const RESTARTS_COUNT: Duration = Duration::from_secs(600);
 
 /// The hidden command of cwkill that is such a process.
 pub const COMMAND: &str = "trace-symbols";
@@ -82,6 +83,8 @@ struct Reader {
     /// `None` after the last question.
     questions: Option<SyncSender<Sample>>,
     child: Child,
+    /// Whether it was asked about an end that was read.
+    has_read: bool,
     last_asked: Instant,
     /// Questions without an answer.
     owed: usize,
@@ -90,6 +93,7 @@ struct Reader {
     /// The sample at which the one before it broke off: the cookie, and whether it opens.
     broke_off_at: Option<(u64, bool)>,
     restarts: usize,
+    last_start: Instant,
 }
 
 /// The readers that run.
@@ -123,6 +127,7 @@ impl Readers {
         let reader = self.running.get_mut(&process).ok_or(NotAsked::Ended)?;
         let now = Instant::now();
         reader.last_asked = now;
+        reader.has_read |= !sample.opens;
         let questions = reader.questions.as_ref().ok_or(NotAsked::Ended)?;
         questions.try_send(sample).map_err(|error| match error {
             TrySendError::Full(sample) => NotAsked::Full(sample),
@@ -142,9 +147,7 @@ impl Readers {
             false => MAX_READERS,
         };
         if self.running.len() >= most {
-            if !opens {
-                self.make_room();
-            }
+            self.make_room(opens);
             return Err(Problem::TooManyProcesses);
         }
         let (questions, waiting) = sync_channel(MAX_WAITING);
@@ -155,19 +158,25 @@ impl Readers {
             id,
             questions: Some(questions),
             child,
+            has_read: false,
             last_asked: now,
             owed: 0,
             last_answer: now,
             broke_off_at: None,
             restarts: 0,
+            last_start: now,
         };
         self.running.insert(process, reader);
         Ok(())
     }
 
-    /// Kills the readers that do not answer, and has the one that was not asked for the longest time end. Their room is free when they have.
-    fn make_room(&mut self) {
-        let is_late = |it: &Reader| it.owed > 0 && it.last_answer.elapsed() > LATE;
+    /// Kills the readers that do not answer, and has the one that was not asked for the longest time end. Its room is free when it has. An
+    /// opening does not take the room of one that knows of reads.
+    fn make_room(&mut self, opens: bool) {
+        let is_late = |it: &Reader| match it.questions {
+            Some(_) => it.owed > 0 && it.last_answer.elapsed() > LATE,
+            None => it.last_answer.max(it.last_asked).elapsed() > LATE,
+        };
         for (process, mut reader) in self.running.extract_if(|_, reader| is_late(reader)) {
             end(&mut reader.child);
             self.ended.push(reader.child);
@@ -177,7 +186,7 @@ impl Readers {
             }
         }
         let open = self.running.values_mut();
-        let open = open.filter(|it| it.questions.is_some());
+        let open = open.filter(|it| it.questions.is_some() && !(opens && it.has_read));
         let idle = open.min_by_key(|it| it.last_asked);
         if let Some(reader) = idle.filter(|reader| reader.last_asked.elapsed() > IDLE) {
             reader.questions = None;
@@ -218,6 +227,7 @@ impl Readers {
         let thread = Builder::new().name(format!("symbols-{pid}")).spawn(ask);
         if let Err(error) = thread {
             end(&mut child);
+            self.ended.push(child);
             return Err(error);
         }
         Ok((child, id))
@@ -244,22 +254,29 @@ impl Readers {
         sample: Sample,
         waiting: Receiver<Sample>,
     ) -> Result<(), (usize, Problem)> {
+        let lost = |waiting: Receiver<Sample>| 1 + waiting.try_iter().count();
+        if self.late.contains(&id) {
+            return Err((lost(waiting), Problem::TooSlow));
+        }
         // Perhaps the kernel was short of memory. At the second time the sample is to blame.
         let at = Some((sample.cookie, sample.opens));
-        let before = self.of(id).map(|it| (it.broke_off_at, it.restarts));
-        let Some((_, restarts)) =
-            before.filter(|(last, restarts)| *last != at && *restarts < MAX_RESTARTS)
+        let restarts = self.of(id).filter(|it| it.broke_off_at != at).map(|it| {
+            let is_long_ago = it.last_start.elapsed() > RESTARTS_COUNT;
+            (if is_long_ago { 0 } else { it.restarts }, it.owed)
+        });
+        let Some((restarts, owed)) = restarts.filter(|(restarts, _)| *restarts < MAX_RESTARTS)
         else {
             if self.given_up.len() < MAX_GIVEN_UP {
                 self.given_up.insert(id.process);
             }
-            return Err((1 + waiting.try_iter().count(), Problem::Damaged));
+            return Err((lost(waiting), Problem::Damaged));
         };
-        let lost = 1 + self.of(id).map_or(0, |reader| reader.owed);
         let started = self.start(id.process, Some(sample), waiting);
-        let (child, next) = started.map_err(|_| (lost, Problem::NotStarted))?;
+        let (child, next) = started.map_err(|_| (owed, Problem::NotStarted))?;
         if let Some(reader) = self.of(id) {
             (reader.id, reader.broke_off_at, reader.restarts) = (next, at, restarts + 1);
+            reader.last_start = Instant::now();
+            reader.last_answer = reader.last_start;
             let before = std::mem::replace(&mut reader.child, child);
             self.ended.push(before);
         }

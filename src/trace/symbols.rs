@@ -142,10 +142,11 @@ impl Symbols {
     }
 
     fn note_read(&mut self, cookie: u64, at: Result<StackId, Traced>) {
-        if self.read.len() < MAX_READ {
+        let known = self.read.get(&cookie);
+        if known.is_none() && self.read.len() >= MAX_READ {
+            self.missed += usize::from(at.is_ok());
+        } else if at.is_ok() || known.is_none() {
             self.read.insert(cookie, at);
-        } else {
-            self.missed += 1;
         }
     }
 
@@ -195,14 +196,18 @@ impl Symbols {
         self.read.len() > MAX_READ / 4 * 3 || self.bytes > MAX_BYTES / 4 * 3
     }
 
-    /// Forgets what belongs to other sockets than these, whose cookies they are.
-    pub fn forget_all_but(&mut self, cookies: &HashSet<u64>) {
-        self.read.retain(|cookie, _| cookies.contains(cookie));
-        self.opened.retain(|cookie, _| cookies.contains(cookie));
-        let opened = &self.opened;
-        self.opened_order
-            .retain(|cookie| opened.contains_key(cookie));
+    /// Forgets what belongs to other sockets than these, which are stuck and whose cookies they are: who has read their end, and if that is
+    /// not enough, who has opened them.
+    pub fn forget_all_but(&mut self, stuck: &HashSet<u64>) {
+        self.read.retain(|cookie, _| stuck.contains(cookie));
         self.forget_unused();
+        if self.is_nearly_full() {
+            self.opened.retain(|cookie, _| stuck.contains(cookie));
+            let opened = &self.opened;
+            self.opened_order
+                .retain(|cookie| opened.contains_key(cookie));
+            self.forget_unused();
+        }
     }
 
     /// Forgets the stacks of readers that have ended, if no socket has one.

@@ -84,6 +84,15 @@ fn a_stack_is_told_once_and_found_by_its_number() {
     assert_eq!(symbols.missed, 1, "the one of the other process");
 }
 
+/// The same end is read again by io_uring, or while the reader has too many stacks.
+#[test]
+fn a_stack_is_not_forgotten_for_none() {
+    let mut symbols = Symbols::default();
+    symbols.learn(APP, 1, false, answer(0, Some(stack(&["read"]))));
+    symbols.learn(APP, 1, false, Answer::unknown(BTreeSet::new()));
+    assert_eq!(read_at(&symbols, 1), Some(&stack(&["read"])));
+}
+
 #[test]
 fn what_a_reader_does_not_know_is_missed() {
     let mut symbols = Symbols::default();
@@ -199,6 +208,13 @@ fn what_belongs_to_closed_sockets_is_forgotten() {
     symbols.forget_all_but(&[3, 4].into());
     let known = (0..10).filter(|cookie| read_at(&symbols, *cookie).is_some());
     assert!(known.eq([3, 4]));
+    assert!(symbols.opened_at(5).is_some(), "it may be stuck later");
+    let name = "x".repeat(1 << 20);
+    for number in 1..=200 {
+        let told = answer(number, Some(stack(&[&name])));
+        symbols.learn(APP, 100, true, told);
+    }
+    symbols.forget_all_but(&[3, 4].into());
     assert_eq!(symbols.opened_at(5), None);
     assert_eq!(symbols.opened_order, [3, 4]);
     assert_eq!(symbols.bytes, 2 * stack(&["read"]).bytes());

@@ -19,6 +19,7 @@ use crate::trial::{Need, Test, once};
 pub const TESTS: &[Test] = &[
     once!(c_has_its_lines).needs(Need::Leaky(Leaky::C)),
     once!(c_with_frame_pointers_has_its_lines).needs(Need::Leaky(Leaky::CWithFramePointers)),
+    once!(c_with_musl_has_its_lines).needs(Need::Leaky(Leaky::CWithMusl)),
     once!(c_without_symbols_has_addresses).needs(Need::Leaky(Leaky::CStripped)),
     once!(cpp_has_its_lines).needs(Need::Leaky(Leaky::Cpp)),
     once!(rust_has_its_lines).needs(Need::Leaky(Leaky::Rust)),
@@ -245,6 +246,10 @@ fn c_has_its_lines() -> Result<()> {
     names_lines(Leaky::C, "read_to_end", "leaky_handler")
 }
 
+fn c_with_musl_has_its_lines() -> Result<()> {
+    names_lines(Leaky::CWithMusl, "read_to_end", "leaky_handler")
+}
+
 fn c_with_frame_pointers_has_its_lines() -> Result<()> {
     names_lines(Leaky::CWithFramePointers, "read_to_end", "leaky_handler")
 }
@@ -426,7 +431,8 @@ fn what_was_stuck_before_is_counted() -> Result<()> {
     let document = ran.json();
     assert_eq!(at(&document, "/stuck_before"), "2", "{document:#}");
     assert_eq!(at(&document, "/became_stuck"), "0", "{document:#}");
-    let tracing = Tracing::start(&lab, "--port 8080 --ok-if-none")?;
+    // What selects owners and causes does not hide them at the begin.
+    let tracing = Tracing::start(&lab, "--process * --cause unread --ok-if-none")?;
     let ran = tracing.interrupted()?.exits(0);
     assert!(
         ran.stdout
@@ -436,7 +442,6 @@ fn what_was_stuck_before_is_counted() -> Result<()> {
     Ok(())
 }
 
-/// As after an upgrade of its package.
 /// In a mount namespace of its own, by the build id alone.
 fn a_container_has_its_own_debug_symbols() -> Result<()> {
     const PREPARE: &str = r#"
@@ -474,6 +479,7 @@ strip leak
     Ok(())
 }
 
+/// As after an upgrade of its package.
 fn a_deleted_program_has_its_lines() -> Result<()> {
     let scene = Scene::start(Leaky::C)?;
     std::fs::remove_file(scene.server.file())?;

@@ -20,6 +20,8 @@ pub enum Leaky {
     CWithFramePointers,
     /// Without any symbols.
     CStripped,
+    /// With a C library that has no unwind information, as in containers of Alpine.
+    CWithMusl,
     Cpp,
     Rust,
     Go,
@@ -52,6 +54,7 @@ impl Leaky {
             Self::C | Self::CWithFramePointers | Self::CStripped | Self::Connect | Self::Storm => {
                 &["cc"]
             }
+            Self::CWithMusl => &["musl-gcc"],
             Self::Redis => &["cc", REDIS],
             Self::Cpp => &["c++"],
             Self::Rust => &["rustc"],
@@ -67,7 +70,7 @@ impl Leaky {
     #[must_use]
     pub fn source(self) -> (&'static str, &'static str) {
         match self {
-            Self::C | Self::CWithFramePointers | Self::CStripped => {
+            Self::C | Self::CWithFramePointers | Self::CStripped | Self::CWithMusl => {
                 ("leak.c", include_str!("../../leaks/leak.c"))
             }
             Self::Cpp => ("leak.cpp", include_str!("../../leaks/leak.cpp")),
@@ -99,6 +102,7 @@ impl Leaky {
             Self::C => "cc -O2 -g -o leak leak.c",
             Self::CWithFramePointers => "cc -O2 -g -fno-omit-frame-pointer -o leak leak.c",
             Self::CStripped => "cc -O2 -s -o leak leak.c",
+            Self::CWithMusl => "musl-gcc -static -O2 -g -o leak leak.c",
             Self::Cpp => "c++ -O2 -g -o leak leak.cpp",
             Self::Rust => "rustc -O -g -o leak leak.rs",
             Self::Go => "go build -o leak leak.go",

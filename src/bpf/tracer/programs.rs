@@ -25,6 +25,7 @@ const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
 // The places of what a program has on its stack, from the end.
 const MY_COOKIE: i16 = 8;
 const INDEX: i16 = 12;
+const IS_AGAIN: i16 = 16;
 
 // What the programs keep in registers that survive a call.
 const SK: Register = R6;
@@ -159,9 +160,7 @@ pub(super) fn read_return(btf: &Btf, maps: &Maps) -> Program {
     // What it returns comes after its parameters, whose number depends on the kernel.
     let returned = btf.parameters("tcp_recvmsg")?;
     let mut asm = Asm::default();
-    // An int: nobody says what the upper half of the register holds.
-    asm.load_at(R2, R1, at(returned), Size::U64)
-        .shift_left(R2, 32);
+    asm.load_at(R2, R1, at(returned), Size::U64);
     Ok((end_is_read(asm, btf, maps)?, target))
 }
 
@@ -171,8 +170,15 @@ fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfErr
     let tcp_sock = btf.structure("tcp_sock")?;
     let copied_seq = tcp_sock.number("copied_seq", Size::U32)?;
     let rcv_nxt = tcp_sock.number("rcv_nxt", Size::U32)?;
-    let (end, first, again, read) = (asm.label(), asm.label(), asm.label(), asm.label());
+    let (end, again, read) = (asm.label(), asm.label(), asm.label());
     let returned = R9;
+    // An int: nobody says what the upper half of the register holds.
+    // if (ret < 0) return 0;
+    asm.spill(IS_AGAIN, Size::U32, R2)
+        .load_at(R2, R10, -IS_AGAIN, Size::U32)
+        .copy(R3, R2)
+        .mask(R3, i32::MIN)
+        .if_not(R3, 0, end);
     // if (sk->sk_state != TCP_CLOSE_WAIT) return 0;
     asm.copy(returned, R2)
         .load_at(SK, R1, 0, Size::U64)
@@ -200,33 +206,40 @@ fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfErr
         .if_is(R2, BY_ITSELF, end)
         .load_at(R1, MINE, at(COOKIE), Size::U64)
         .spill(MY_COOKIE, Size::U64, R1)
+        .spill(IS_AGAIN, Size::U32, R2)
         .if_is(returned, 0, again)
         .if_not(R2, 0, end)
         .set(R1, WITH_DATA)
         .store_at(MINE, at(END_READ), Size::U64, R1)
-        .jump(first);
-    // again:
+        .jump(read);
     asm.place(again)
         .set(R1, BY_ITSELF)
         .store_at(MINE, at(END_READ), Size::U64, R1)
-        .if_is(R2, 0, first);
-    free_slot(&mut asm, maps, read);
-    asm.jump(read).place(first);
+        .place(read);
+    // u32 is_again = what mine[END_READ] was;
+    // if (!is_again) counters[READ_COUNT]++;
+    let counted = asm.label();
+    asm.load_at(R1, R10, -IS_AGAIN, Size::U32)
+        .if_not(R1, 0, counted);
     count(&mut asm, maps, READ_COUNT);
-    asm.place(read);
+    asm.place(counted);
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
-    // mine[READ_SLOT] = index + 1;
+    // u64 read_slot = index + 1;
+    // The slot of the earlier read becomes free.
+    // mine[READ_SLOT] = read_slot;
     // return 0;
-    asm.load_at(R1, R10, -INDEX, Size::U32)
-        .add(R1, 1)
-        .store_at(MINE, at(READ_SLOT), Size::U64, R1)
+    let (read_slot, freed) = (R9, asm.label());
+    asm.load_at(read_slot, R10, -INDEX, Size::U32)
+        .add(read_slot, 1);
+    free_slot(&mut asm, maps, freed);
+    asm.place(freed)
+        .store_at(MINE, at(READ_SLOT), Size::U64, read_slot)
         .jump(end);
-    // none:
-    // mine[READ_SLOT] = 0;
+    // none: the earlier read stays. It was counted if it has no slot either.
     asm.place(none)
-        .set(R1, 0)
-        .store_at(MINE, at(READ_SLOT), Size::U64, R1);
+        .load_at(R1, R10, -IS_AGAIN, Size::U32)
+        .if_not(R1, 0, end);
     count(&mut asm, maps, NO_SLOT_COUNT);
     asm.place(end).go_on();
     Ok(asm.finish())

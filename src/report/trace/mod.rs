@@ -88,7 +88,7 @@ fn why_no_stack(trace: &Trace) -> String {
     }
     if trace.symbols.missed > 0 {
         let samples = counted(trace.symbols.missed, "sample");
-        reasons.push(format!("{samples} got no answer"));
+        reasons.push(format!("{samples} gave no stack"));
     }
     if reasons.is_empty() {
         reasons.push("the end was read in a way that is not seen, such as splice(2)".to_owned());

@@ -203,7 +203,7 @@ fn a_read_without_a_stack_is_unknown_or_where_it_was_opened() {
     trace.symbols.missed = 2;
     assert_eq!(
         notes(&trace, &scan, &places::find(&trace, &scan))[0],
-        "no stack is known of 1 socket: the peers closed so many connections that only a part was sampled; 1 read found no free slot; 2 samples got \
-         no answer"
+        "no stack is known of 1 socket: the peers closed so many connections that only a part was sampled; 1 read found no free slot; 2 samples gave \
+         no stack"
     );
 }

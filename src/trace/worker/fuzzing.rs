@@ -193,7 +193,6 @@ impl Program {
             memory: Memory::parse(pid, self.maps.as_bytes()),
             // What this process itself has mapped is never read.
             read_at: Instant::now() + Duration::from_hours(1),
-            files_are_open: false,
             unwinder: Unwinder::default(),
             names: Names::new(None, None),
             known: HashMap::new(),

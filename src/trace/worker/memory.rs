@@ -1,12 +1,14 @@
 //! The memory of a process: which files its code is in, and how to open them.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::Builder;
 
 use super::module::{self, Module, Root};
 use crate::trace::origin::Runtime;
@@ -51,6 +53,14 @@ pub struct Memory {
     /// The files that are open. They can be read after they were deleted, and after the process has ended. None is closed before all are: names
     /// are remembered by the numbers of the descriptors.
     modules: Rc<RefCell<HashMap<Mapped, Rc<Module>>>>,
+    /// Files that no stack has needed yet, as a thread opens them.
+    early: Rc<Early>,
+}
+
+#[derive(Debug, Default)]
+struct Early {
+    arriving: OnceCell<Receiver<(Mapped, File)>>,
+    arrived: RefCell<HashMap<Mapped, File>>,
 }
 
 /// Files that are opened before a stack needs them.
@@ -69,8 +79,11 @@ impl Memory {
     /// As [`Memory::read`].
     pub fn read_again(&self) -> io::Result<Self> {
         let again = Self::read(self.pid)?;
-        let modules = self.modules.clone();
-        Ok(Memory { modules, ..again })
+        Ok(Memory {
+            modules: self.modules.clone(),
+            early: self.early.clone(),
+            ..again
+        })
     }
 
     /// A line that is not understood is left out. The name of a file may have any bytes.
@@ -80,16 +93,34 @@ impl Memory {
             pid,
             code: maps.split('\n').filter_map(code).collect(),
             modules: Rc::default(),
+            early: Rc::default(),
         }
     }
 
-    /// Opens the files now. The process may end soon.
+    /// Has a thread open the files: the process may end soon. One of them may hang; then only who needs it waits.
     pub fn open_files(&self) {
-        for code in self.code.iter().take(OPENED_EARLY) {
-            if let CodeSource::File(file) = &code.from {
-                self.module(code, file);
+        let (pid, code) = (self.pid, self.code.clone());
+        let (sender, receiver) = channel();
+        let open_all = move || {
+            for code in code.iter().take(OPENED_EARLY) {
+                if let CodeSource::File(file) = &code.from
+                    && let Ok(opened) = open(pid, code, file)
+                {
+                    let _ = sender.send((file.clone(), opened));
+                }
             }
+        };
+        if Builder::new().name("files".into()).spawn(open_all).is_ok() {
+            let _ = self.early.arriving.set(receiver);
         }
+    }
+
+    fn opened_early(&self, file: &Mapped) -> Option<File> {
+        let mut arrived = self.early.arrived.borrow_mut();
+        if let Some(arriving) = self.early.arriving.get() {
+            arrived.extend(arriving.try_iter());
+        }
+        arrived.remove(file)
     }
 
     /// The file that `code` is in; `None` if it cannot be opened, or if there is another one in its place.
@@ -98,7 +129,10 @@ impl Memory {
         if let Some(module) = modules.get(file) {
             return Some(module.clone());
         }
-        let opened = self.open(code, file).ok()?;
+        let opened = match self.opened_early(file) {
+            Some(opened) => opened,
+            None => open(self.pid, code, file).ok()?,
+        };
         let module = Rc::new(Module::new(opened, &file.name, self.pid));
         modules.insert(file.clone(), module.clone());
         Some(module)
@@ -134,23 +168,23 @@ impl Memory {
             CodeSource::Vdso | CodeSource::RunTime => None,
         })
     }
+}
 
-    /// Opens the very file that `code` is in: by map_files, also after it was deleted or replaced; else by its name, if the inode is the same.
-    ///
-    /// # Errors
-    /// The file cannot be opened, or there is another one in its place.
-    fn open(&self, code: &Code, file: &Mapped) -> io::Result<File> {
-        // It needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN of the first user namespace (fs/proc/base.c, proc_map_files_get_link).
-        let (start, end) = (code.start, code.end);
-        let by_map = format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid);
-        if let Ok(file) = module::open(Path::new(&by_map)) {
-            return Ok(file);
-        }
-        let by_name = Root::of(self.pid)?.open(Path::new(&file.name))?;
-        match by_name.metadata()?.ino() == file.inode {
-            true => Ok(by_name),
-            false => Err(io::ErrorKind::NotFound.into()),
-        }
+/// Opens the very file that `code` is in: by map_files, also after it was deleted or replaced; else by its name, if the inode is the same.
+///
+/// # Errors
+/// The file cannot be opened, or there is another one in its place.
+fn open(pid: i32, code: &Code, file: &Mapped) -> io::Result<File> {
+    // It needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN of the first user namespace (fs/proc/base.c, proc_map_files_get_link).
+    let (start, end) = (code.start, code.end);
+    let by_map = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+    if let Ok(file) = module::open(Path::new(&by_map)) {
+        return Ok(file);
+    }
+    let by_name = Root::of(pid)?.open(Path::new(&file.name))?;
+    match by_name.metadata()?.ino() == file.inode {
+        true => Ok(by_name),
+        false => Err(io::ErrorKind::NotFound.into()),
     }
 }
 
@@ -226,7 +260,7 @@ mod tests {
             panic!("{code:?}");
         };
         let own = File::open("/proc/self/exe").unwrap().metadata().unwrap();
-        let opened = memory.open(code, file).unwrap().metadata().unwrap();
+        let opened = open(pid, code, file).unwrap().metadata().unwrap();
         assert_eq!((opened.dev(), opened.ino()), (own.dev(), own.ino()));
         assert_eq!(memory.at(0), None);
         assert!(memory.has_all_files_of(&Memory::read(pid).unwrap()));

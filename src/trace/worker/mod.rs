@@ -9,6 +9,7 @@ mod memory;
 mod module;
 mod names;
 mod perf_map;
+mod rules;
 mod unwind;
 
 use std::collections::{BTreeSet, HashMap};
@@ -42,9 +43,10 @@ pub const CAPABILITIES: [Capability; 3] = [
 
 /// Bytes of memory for unwind information and symbols of one process. Symbol files are mapped, which does not count.
 const MAX_MEMORY: u64 = 1 << 30;
-/// Seconds of processor time for one answer, and for all.
+/// Seconds of processor time for one answer, and for all; and of which part of the time that passes it has some more.
 const MAX_CPU: u64 = 20;
 const MAX_CPU_OF_ALL: u64 = 120;
+const CPU_PART: u64 = 10;
 /// Who traces a sick host must not make it worse: other processes come first, and the kernel ends this one first if memory is short.
 const NICE: i32 = 19;
 const OOM_SCORE_ADJ: &str = "1000";
@@ -62,21 +64,18 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// # Errors
 /// What cannot be read or written. A problem with the traced process is an answer.
 pub fn serve(pid: i32, started: u64) -> io::Result<()> {
+    let begun = Instant::now();
     limit();
-    limit_time();
+    limit_time(begun);
     let mut traced = TracedProcess::open(pid, started);
     let (mut questions, mut answers) = (io::stdin().lock(), io::stdout().lock());
     while let Some(question) = Question::read(&mut questions)? {
-        limit_time();
+        limit_time(begun);
         let answer = match &mut traced {
             Ok(traced) => traced.answer(&question),
             Err(problem) => Answer::unknown([*problem].into()),
         };
         write_line(&mut answers, &answer)?;
-        // Not before the answer: a file that this stack does not need may hang.
-        if let Ok(traced) = &mut traced {
-            traced.open_files();
-        }
     }
     let problems = match traced {
         Ok(traced) => traced.finish(|answer| write_line(&mut answers, &LastWord::Again(answer)))?,
@@ -95,13 +94,14 @@ fn limit() {
 }
 
 /// What a file may cost: the time of one answer. The kernel ends the process at its limit.
-fn limit_time() {
+fn limit_time(begun: Instant) {
     let Ok(used) = getrusage(UsageWho::RUSAGE_SELF) else {
         return;
     };
     let used = used.user_time().tv_sec() + used.system_time().tv_sec();
     let used = u64::try_from(used).unwrap_or_default();
-    let most = (used + MAX_CPU).min(MAX_CPU_OF_ALL);
+    let of_all = MAX_CPU_OF_ALL + begun.elapsed().as_secs() / CPU_PART;
+    let most = (used + MAX_CPU).min(of_all);
     let _ = setrlimit(Resource::RLIMIT_CPU, most, RLIM_INFINITY);
 }
 
@@ -112,7 +112,6 @@ struct TracedProcess {
     program: Option<(u64, u64)>,
     memory: Memory,
     read_at: Instant,
-    files_are_open: bool,
     unwinder: Unwinder,
     names: Names,
     /// The stacks that were answered, by their addresses.
@@ -143,12 +142,12 @@ impl TracedProcess {
         if is_32_bit {
             return Err(Problem::ThirtyTwoBits);
         }
+        memory.open_files();
         Ok(TracedProcess {
             pid,
             program: program(pid),
             memory,
             read_at: Instant::now(),
-            files_are_open: false,
             unwinder: Unwinder::default(),
             names: Names::new(runtime, read_perf_map(pid)),
             known: HashMap::new(),
@@ -200,13 +199,6 @@ impl TracedProcess {
         Ok((next, Some(stack)))
     }
 
-    /// Opens the files that it has mapped: it may end soon.
-    fn open_files(&mut self) {
-        if !std::mem::replace(&mut self.files_are_open, true) {
-            self.memory.open_files();
-        }
-    }
-
     /// Reads again which code is where. If the process has ended, what was read stays.
     fn read_again(&mut self) {
         self.read_at = Instant::now();
@@ -228,7 +220,7 @@ impl TracedProcess {
         self.memory = memory;
         if runs_another {
             self.program = program;
-            self.files_are_open = false;
+            self.memory.open_files();
             let (runtime, _) = about_program(self.pid, self.memory.runtime());
             self.names = Names::new(runtime, read_perf_map(self.pid));
         }
@@ -355,9 +347,7 @@ fn read_perf_map(pid: i32) -> Option<PerfMap> {
     let own = status.nspid.and_then(|pids| pids.last().copied());
     let own = own.unwrap_or(pid);
     let user = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
-    let file = Root::of(pid)
-        .ok()?
-        .open(Path::new(&format!("/tmp/perf-{own}.map")))
-        .ok()?;
+    let name = format!("/tmp/perf-{own}.map");
+    let file = Root::of(pid).ok()?.open_itself(Path::new(&name)).ok()?;
     PerfMap::read(&file, user).ok()
 }

@@ -222,8 +222,20 @@ impl Root {
     /// # Errors
     /// As openat2(2). EINVAL: it is no regular file.
     pub fn open(&self, name: &Path) -> io::Result<File> {
+        self.open_with(name, OFlags::empty())
+    }
+
+    /// The same, and the name must not be that of a link: anybody may put one into /tmp.
+    ///
+    /// # Errors
+    /// As [`Root::open`].
+    pub fn open_itself(&self, name: &Path) -> io::Result<File> {
+        self.open_with(name, OFlags::NOFOLLOW)
+    }
+
+    fn open_with(&self, name: &Path, flags: OFlags) -> io::Result<File> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let flags = OFlags::PATH | OFlags::CLOEXEC | flags;
         open_regular(rustix::fs::openat2(
             &self.0,
             name,
@@ -283,6 +295,8 @@ mod tests {
         for name in ["in/file", "/in/file", "absolute", "in/up", "/../in/file"] {
             assert!(is_opened(name), "{name}");
         }
+        assert!(root.open_itself(Path::new("in/file")).is_ok());
+        assert!(root.open_itself(Path::new("absolute")).is_err());
         for name in ["out", "magic", "pipe", "in", "/none"] {
             assert!(!is_opened(name), "{name}");
         }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use framehop::{
     CacheNative, ExplicitModuleSectionInfo, Module, UnwindRegsNative, Unwinder as _, UnwinderNative,
@@ -12,6 +13,7 @@ use object::read::{ReadCache, ReadRef};
 use object::{Object, ObjectSection, ObjectSegment};
 
 use super::memory::{Code, CodeSource, Memory};
+use super::rules::{self, Bytes, Rules};
 use crate::trace::protocol::Question;
 use crate::trace::stack::End;
 
@@ -22,15 +24,18 @@ const MAX_SECTION: u64 = 256 << 20;
 
 /// A missing word that is at most so far behind the copied part belongs to the stack. One farther away is on no stack: 8 MB is the usual limit.
 const NEAR: u64 = 8 << 20;
+/// Words of a stack in which a caller is looked for.
+const SEARCHED: usize = 256;
 /// Where a page ends is known by its lower bits. The smallest page has 4 KiB.
 const IN_PAGE: u64 = 0xfff;
 
 /// The unwind information of a process, as far as its stacks have needed it.
 pub struct Unwinder {
-    native: UnwinderNative<Vec<u8>, framehop::MayAllocateDuringUnwind>,
+    native: UnwinderNative<Bytes, framehop::MayAllocateDuringUnwind>,
     cache: CacheNative<framehop::MayAllocateDuringUnwind>,
     /// The starts of the code that was added.
     added: HashSet<u64>,
+    rules: Vec<Rules>,
     /// Whether a file is not what it says.
     pub is_damaged: bool,
 }
@@ -41,6 +46,7 @@ impl Default for Unwinder {
             native: UnwinderNative::new(),
             cache: CacheNative::new(),
             added: HashSet::new(),
+            rules: Vec::new(),
             is_damaged: false,
         }
     }
@@ -65,11 +71,23 @@ impl Unwinder {
             let word = input.stack.get(at..).and_then(<[u8]>::first_chunk);
             word.map(|word| u64::from_ne_bytes(*word)).ok_or(())
         };
-        let registers = registers(input, memory);
-        let frames = &mut self
-            .native
-            .iter_frames(input.ip, registers, &mut self.cache, &mut read);
         let mut addresses = Vec::new();
+        let mut thread = Registers {
+            ip: input.ip,
+            sp: input.sp,
+            fp: input.fp,
+            lr: input.lr,
+        };
+        if let Some(caller) = self.caller_of_a_bare_function(input, memory) {
+            addresses.push(input.ip);
+            thread = caller;
+        }
+        let frames = &mut self.native.iter_frames(
+            thread.ip,
+            thread.of_framehop(memory),
+            &mut self.cache,
+            &mut read,
+        );
         let end = loop {
             match frames.next() {
                 Ok(Some(_)) if addresses.len() == MAX_FRAMES => break End::Cut,
@@ -85,6 +103,34 @@ impl Unwinder {
             }
         };
         (addresses, end)
+    }
+
+    /// If the innermost function has no unwind information, as those of musl: the registers in its nearest caller that has some, as far as the
+    /// stack shows one. Callers between them are left out. Without such a one, the frame pointer is followed, as Go has it.
+    fn caller_of_a_bare_function(&self, input: &Question, memory: &Memory) -> Option<Registers> {
+        if self.has_rule(input.ip) {
+            return None;
+        }
+        let (words, _) = input.stack.as_chunks::<8>();
+        let mut words = words.iter().map(|word| u64::from_ne_bytes(*word));
+        let mut words = (0_u64..).zip(words.by_ref().take(SEARCHED));
+        let is_return = |(_, word): &(u64, u64)| {
+            word.checked_sub(1).is_some_and(|it| self.has_rule(it)) && is_after_call(*word, memory)
+        };
+        let (at, word) = words.find(is_return)?;
+        Some(Registers {
+            // In the call: the address after it may be of another function.
+            ip: word - 1,
+            sp: input.sp.wrapping_add(8 * (at + 1)),
+            fp: input.fp,
+            lr: word,
+        })
+    }
+
+    fn has_rule(&self, address: u64) -> bool {
+        let mut rules = self.rules.iter();
+        let rules = rules.find(|rules| rules.code.contains(&address));
+        rules.is_some_and(|rules| rules.has(address))
     }
 
     /// Reads the unwind information of the code at this address, if it has not been read.
@@ -103,29 +149,64 @@ impl Unwinder {
             return;
         };
         match module(&opened.file, &file.name, code) {
-            Ok(Some(module)) => self.native.add_module(module),
+            Ok(Some((module, rules))) => {
+                self.native.add_module(module);
+                self.rules.push(rules);
+            }
             Ok(None) => self.is_damaged = true,
             Err(_) => {}
         }
     }
 }
 
-#[cfg(target_arch = "aarch64")]
-fn registers(input: &Question, memory: &Memory) -> UnwindRegsNative {
-    let mask = framehop::aarch64::PtrAuthMask::from_max_known_address(memory.end().max(input.sp));
-    UnwindRegsNative::new_with_ptr_auth_mask(mask, input.lr, input.sp, input.fp)
+/// The registers of a thread that unwinding needs.
+#[derive(Clone, Copy)]
+struct Registers {
+    ip: u64,
+    sp: u64,
+    fp: u64,
+    #[cfg_attr(
+        not(target_arch = "aarch64"),
+        expect(dead_code, reason = "it has none")
+    )]
+    lr: u64,
 }
 
-#[cfg(not(target_arch = "aarch64"))]
-fn registers(input: &Question, _: &Memory) -> UnwindRegsNative {
-    UnwindRegsNative::new(input.ip, input.sp, input.fp)
+impl Registers {
+    #[cfg(target_arch = "aarch64")]
+    fn of_framehop(self, memory: &Memory) -> UnwindRegsNative {
+        let most = memory.end().max(self.sp);
+        let mask = framehop::aarch64::PtrAuthMask::from_max_known_address(most);
+        UnwindRegsNative::new_with_ptr_auth_mask(mask, self.lr, self.sp, self.fp)
+    }
+
+    #[cfg(not(target_arch = "aarch64"))]
+    fn of_framehop(self, _: &Memory) -> UnwindRegsNative {
+        UnwindRegsNative::new(self.ip, self.sp, self.fp)
+    }
+}
+
+/// Whether the instruction before this address is a call.
+fn is_after_call(address: u64, memory: &Memory) -> bool {
+    let is_call = || {
+        let code = memory.at(address)?;
+        let CodeSource::File(file) = &code.from else {
+            return None;
+        };
+        let at = (address - code.start + code.offset).checked_sub(rules::CALL as u64)?;
+        let mut bytes = [0; rules::CALL];
+        let module = memory.module(code, file)?;
+        module.file.read_exact_at(&mut bytes, at).ok()?;
+        Some(rules::ends_with_call(&bytes))
+    };
+    is_call() == Some(true)
 }
 
 /// `None`: the file is not what it was when it was mapped.
 ///
 /// # Errors
 /// It cannot be read, or it never was a file with unwind information: code that is made at run time can be in a file, too.
-fn module(file: &File, name: &str, code: &Code) -> io::Result<Option<Module<Vec<u8>>>> {
+fn module(file: &File, name: &str, code: &Code) -> io::Result<Option<(Module<Bytes>, Rules)>> {
     let cache = ReadCache::new(file);
     let magic = cache.read_bytes_at(0, object::elf::ELFMAG.len() as u64);
     if magic != Ok(&object::elf::ELFMAG[..]) {
@@ -152,31 +233,41 @@ fn module(file: &File, name: &str, code: &Code) -> io::Result<Option<Module<Vec<
         let end = section.address().checked_add(section.size())?;
         Some(section.address()..end)
     };
+    let start = |name: &str| place(name).map(|place| place.start);
+    let section = |name: &str| Some((start(name)?, bytes(&elf, name)?));
+    let rules = Rules {
+        code: code.start..code.end,
+        bias,
+        text: start(".text"),
+        got: start(".got"),
+        eh_frame: section(".eh_frame"),
+        eh_frame_hdr: section(".eh_frame_hdr"),
+        debug_frame: bytes(&elf, ".debug_frame"),
+    };
+    let of = |section: &Option<(u64, Bytes)>| section.as_ref().map(|(_, bytes)| bytes.clone());
     let sections = ExplicitModuleSectionInfo {
         base_svma: 0,
         text_svma: place(".text"),
         got_svma: place(".got"),
         eh_frame_svma: place(".eh_frame"),
-        eh_frame: bytes(&elf, ".eh_frame"),
+        eh_frame: of(&rules.eh_frame),
         eh_frame_hdr_svma: place(".eh_frame_hdr"),
-        eh_frame_hdr: bytes(&elf, ".eh_frame_hdr"),
-        debug_frame: bytes(&elf, ".debug_frame"),
+        eh_frame_hdr: of(&rules.eh_frame_hdr),
+        debug_frame: rules.debug_frame.clone(),
         ..Default::default()
     };
-    Ok(Some(Module::new(
-        name.to_owned(),
-        code.start..code.end,
-        bias,
-        sections,
-    )))
+    let module = Module::new(name.to_owned(), code.start..code.end, bias, sections);
+    Ok(Some((module, rules)))
 }
 
 /// The bytes of a section, if it is there and neither compressed nor huge.
-fn bytes<'d, R: ReadRef<'d>>(file: &object::File<'d, R>, name: &str) -> Option<Vec<u8>> {
+fn bytes<'d, R: ReadRef<'d>>(file: &object::File<'d, R>, name: &str) -> Option<Bytes> {
     let section = file.section_by_name(name)?;
     let range = section.compressed_file_range().ok()?;
     let is_plain = range.format == object::CompressionFormat::None;
     let is_small = range.uncompressed_size <= MAX_SECTION;
-    let data = section.data().ok().filter(|_| is_plain && is_small)?;
-    Some(data.to_vec())
+    if !is_plain || !is_small {
+        return None;
+    }
+    section.data().ok().map(Bytes::from)
 }
