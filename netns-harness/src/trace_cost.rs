@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::agent::Dial;
 use crate::host::Host;
+use crate::kernel::TcpState;
 use crate::lab::Lab;
 use crate::owners::leaks::{Leaker, Leaky};
 
@@ -114,6 +115,7 @@ fn storm(lab: &Lab, cwkill: &str) -> Result<()> {
     })?;
     drop(clients);
     let took = begun.elapsed().as_secs_f64();
+    until_none_is_half_open(lab)?;
     let used = trace.memory()?;
     let report = trace.end()?;
     let count = report["closed_by_peer"].as_f64().unwrap_or_default();
@@ -133,6 +135,14 @@ fn storm(lab: &Lab, cwkill: &str) -> Result<()> {
     say_places(&report);
     println!("  {used}");
     Ok(())
+}
+
+/// A server with a full backlog drops what makes a connection whole. Its peer sends that again, and the FIN.
+fn until_none_is_half_open(lab: &Lab) -> Result<()> {
+    lab.wait_for(PATIENCE, || {
+        let rows = lab.app_host().ss(&[])?;
+        Ok(rows.iter().all(|row| row.state != TcpState::SynRecv))
+    })
 }
 
 /// A server that leaks, when it listens.
@@ -184,6 +194,7 @@ fn memory(lab: &Lab, cwkill: &str, sockets: usize) -> Result<()> {
         clients.push(client);
     }
     let took = begun.elapsed();
+    until_none_is_half_open(lab)?;
     let used = trace.memory()?;
     let ended = Instant::now();
     let report = trace.end()?;

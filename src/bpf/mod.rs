@@ -17,7 +17,7 @@ use std::cell::OnceCell;
 pub use crate::sys::bpf::BpfError;
 use crate::sys::bpf::Btf;
 
-/// The kernel's types for [`descriptors`] and [`destroyer`]; the tracer reads its own. They are read when a program first needs them: that takes 10 ms.
+/// The types of the kernel for `descriptors` and `destroyer`; the tracer reads its own. They are read when a program first needs them: that takes 10 ms.
 #[derive(Debug, Default)]
 pub struct KernelTypes(OnceCell<Btf>);
 

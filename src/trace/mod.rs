@@ -105,7 +105,7 @@ impl Watch {
                 break;
             }
             control.sleep(left.map_or(TICK, |left| left.min(TICK)));
-            self.take(SETTLE, Duration::ZERO);
+            self.take(SETTLE);
             let (counts, now) = (self.tracer.counts(), monotonic());
             let lasted = now.saturating_sub(last_tick);
             let closed = counts.closed_by_peer - seen.closed_by_peer;
@@ -124,23 +124,23 @@ impl Watch {
         self.ended = monotonic();
         self.at_end = self.is_sampled.then(list).flatten();
         control.sleep(SETTLE);
-        self.take(Duration::ZERO, symbols::LAST_WAIT);
+        self.take(Duration::ZERO);
         self.not_seen = self.tracer.detach();
     }
 
-    /// Takes the samples that are so old out of the kernel. `wait`: how long they may wait for readers, all together.
-    fn take(&mut self, age: Duration, wait: Duration) {
-        let until = Instant::now() + wait;
+    /// Takes the samples that are so old out of the kernel.
+    fn take(&mut self, age: Duration) {
         let symbols = &mut self.symbols;
         // First: who has answered is not late.
         symbols.collect();
-        self.tracer.take(age, |sample| symbols.ask(sample, until));
-        symbols.collect();
+        symbols.ask_again();
+        self.tracer.take(age, |sample| symbols.ask(sample));
     }
 
     /// Reads what is known of the sockets, and waits for the last symbols. `after`: the sockets, listed when it was over. What is in this list and
     /// became stuck during the trace is known here then.
     pub fn finish(mut self, after: &Scan) -> Trace {
+        self.symbols.ask_last();
         let until = Instant::now() + WALKS;
         let (tracer, mut lives, mut incomplete) = (&mut self.tracer, Vec::new(), None);
         for netns in &after.namespaces {

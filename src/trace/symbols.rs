@@ -20,9 +20,11 @@ const MAX_BYTES: usize = 256 << 20;
 /// Readers that have ended and whose stacks no socket has, and processes without a reader, are remembered up to this number.
 const MAX_REMEMBERED: usize = 4096;
 /// How long the last samples may wait for their readers, all together.
-pub const LAST_WAIT: Duration = Duration::from_secs(2);
+const LAST_WAIT: Duration = Duration::from_secs(2);
 /// How often it is tried again then to give a sample to a reader.
 const PAUSE: Duration = Duration::from_millis(5);
+/// Samples that wait beside those in the queues of the readers: 16 MiB.
+const MAX_WAITING: usize = 1024;
 
 /// The stacks that a reader has told, and what keeps them from telling more.
 #[derive(Debug, Default)]
@@ -44,6 +46,8 @@ pub struct StackId {
 #[derive(Debug, Default)]
 pub struct Symbols {
     readers: Readers,
+    /// Samples that their readers could not take yet.
+    waiting: VecDeque<Sample>,
     told: HashMap<ReaderId, Stacks>,
     /// Of all stacks.
     bytes: usize,
@@ -59,27 +63,60 @@ pub struct Symbols {
 }
 
 impl Symbols {
-    /// Gives a sample to the reader for its process. If that one has too many, waits until `until` at most; then the sample counts as missed.
-    pub fn ask(&mut self, sample: Sample, until: Instant) {
-        let process = sample.process;
-        let mut tried = self.readers.ask(sample);
-        while let Err(NotAsked::Full(sample)) = tried {
-            if Instant::now() >= until {
-                self.missed += 1;
-                return;
-            }
-            std::thread::sleep(PAUSE);
-            self.collect();
-            tried = self.readers.ask(sample);
+    /// Gives a sample to the reader for its process. Does not wait: if that one has too many, the sample waits, behind those that wait already.
+    pub fn ask(&mut self, sample: Sample) {
+        let is_behind = self.waiting.iter().any(|it| it.process == sample.process);
+        let not_given = match is_behind {
+            true => Some(sample),
+            false => self.give(sample),
+        };
+        match not_given {
+            Some(sample) if self.waiting.len() < MAX_WAITING => self.waiting.push_back(sample),
+            Some(_) => self.missed += 1,
+            None => {}
         }
-        if let Err(why) = tried {
-            self.missed += 1;
-            if let NotAsked::Refused(problem) = why
-                && self.refused.len() < MAX_REMEMBERED
-            {
+    }
+
+    /// Gives the samples that wait to their readers, as far as these take them.
+    pub fn ask_again(&mut self) {
+        let mut full = HashSet::new();
+        for sample in std::mem::take(&mut self.waiting) {
+            let process = sample.process;
+            let not_given = match full.contains(&process) {
+                true => Some(sample),
+                false => self.give(sample),
+            };
+            if let Some(sample) = not_given {
+                full.insert(process);
+                self.waiting.push_back(sample);
+            }
+        }
+    }
+
+    /// Returns the sample if its reader has too many.
+    fn give(&mut self, sample: Sample) -> Option<Sample> {
+        let process = sample.process;
+        match self.readers.ask(sample) {
+            Ok(()) => return None,
+            Err(NotAsked::Full(sample)) => return Some(sample),
+            Err(NotAsked::Refused(problem)) if self.refused.len() < MAX_REMEMBERED => {
                 self.refused.insert(process, problem);
             }
+            Err(NotAsked::Refused(_) | NotAsked::Ended) => {}
         }
+        self.missed += 1;
+        None
+    }
+
+    /// The last samples have been given. Waits a moment for readers that have too many; what waits then still counts as missed.
+    pub fn ask_last(&mut self) {
+        let until = Instant::now() + LAST_WAIT;
+        while !self.waiting.is_empty() && Instant::now() < until {
+            std::thread::sleep(PAUSE);
+            self.collect();
+            self.ask_again();
+        }
+        self.missed += self.waiting.drain(..).count();
     }
 
     /// Takes the answers that have come. Does not wait.
@@ -191,7 +228,7 @@ impl Symbols {
         is_known.then_some(StackId { reader, number })
     }
 
-    /// Whether so much is kept that [`Symbols::forget`] is due. After that, it would not help for long.
+    /// Whether so much is kept that [`Symbols::forget_all_but`] is due. After that, it would not help for long.
     pub fn is_nearly_full(&self) -> bool {
         self.read.len() > MAX_READ / 4 * 3 || self.bytes > MAX_BYTES / 4 * 3
     }
