@@ -416,11 +416,13 @@ fn rows(table: &str) -> Vec<Vec<&str>> {
 
 fn a_text_file_is_complete_at_any_time() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
-    let directory = TempDir::new()?;
-    let arguments = format!("--textfile {}", directory.path().display());
+    let parent = TempDir::new()?;
+    let directory = parent.path().join("metrics");
+    std::fs::create_dir(&directory)?;
+    let arguments = format!("--textfile {}", directory.display());
     let place = Place::new()?;
     let mut daemon = Daemon::start_with(&lab, &place, &arguments)?;
-    let path = directory.path().join("cwkill.prom");
+    let path = directory.join("cwkill.prom");
     let mut lengths = Vec::new();
     let before = daemon.metrics()?.sweeps();
     while daemon.metrics()?.sweeps() < before + 10.0 {
@@ -441,19 +443,19 @@ fn a_text_file_is_complete_at_any_time() -> Result<()> {
         lengths.windows(2).all(|pair| pair[0] == pair[1]),
         "{lengths:?}"
     );
-    // A directory that is gone does not end the sweeps, and is said once.
-    std::fs::remove_dir_all(directory.path())?;
+    // A directory that is gone does not end the sweeps, and is said once. It goes at one instant: the daemon writes there again and again.
+    std::fs::rename(&directory, parent.path().join("gone"))?;
     daemon.wait_until("it says that it cannot write", |daemon| {
         Ok(daemon.said().contains("cannot write"))
     })?;
     daemon.wait_for_sweeps(2.0)?;
-    std::fs::create_dir(directory.path())?;
+    std::fs::create_dir(&directory)?;
     daemon.wait_until("it says that it writes", |daemon| {
         Ok(daemon.said().contains("is written again"))
     })?;
     assert_eq!(daemon.said().matches("cannot write").count(), 1);
-    std::fs::remove_dir_all(directory.path())?;
-    let missing = directory.path().display().to_string();
+    std::fs::rename(&directory, parent.path().join("gone again"))?;
+    let missing = directory.display().to_string();
     cwkill(&lab, &format!("daemon --once --textfile {missing}"))?
         .exits(2)
         .complains(&missing);
