@@ -439,52 +439,39 @@ fn sample(asm: &mut Asm, fields: &Fields, maps: &Maps, what: i32, none: Label) {
         }
     }
     // slot[LEN] = 0;
-    asm.set(R1, 0).store_at(SLOT, at(LEN), Size::U64, R1);
-    // if (bpf_probe_read_user(slot + HEAD, STACK, sp)) goto in_parts;
-    // slot[LEN] = STACK;
-    // goto filled;
-    let in_parts = asm.label();
-    asm.copy(R1, SLOT)
-        .add(R1, immediate(8 * HEAD))
-        .set(R2, immediate(STACK))
-        .copy(R3, sp)
-        .call(Helper::ReadUser)
-        .if_not(R0, 0, in_parts)
-        .set(R1, immediate(STACK))
-        .store_at(SLOT, at(LEN), Size::U64, R1)
-        .jump(filled)
-        .place(in_parts);
-    // The end of the stack is nearer. Memory ends at a page, so the parts do, too, and the first one is shorter:
+    // Memory ends at a page, and a stack soon. So the parts end at pages, too, and the first one is shorter:
     // u64 first = PART - (sp & (PART - 1));
     // if (bpf_probe_read_user(slot + HEAD, first, sp)) goto filled;
     // slot[LEN] = first;
     // The socket is not used any more.
-    let first_part = SK;
-    asm.copy(R1, sp)
+    let first = SK;
+    asm.set(R1, 0)
+        .store_at(SLOT, at(LEN), Size::U64, R1)
+        .copy(R1, sp)
         .mask(R1, immediate(PART - 1))
-        .set(first_part, immediate(PART))
-        .subtract(first_part, R1, Size::U64)
+        .set(first, immediate(PART))
+        .subtract(first, R1, Size::U64)
         .copy(R1, SLOT)
         .add(R1, immediate(8 * HEAD))
-        .copy(R2, first_part)
+        .copy(R2, first)
         .copy(R3, sp)
         .call(Helper::ReadUser)
         .if_not(R0, 0, filled)
-        .store_at(SLOT, at(LEN), Size::U64, first_part);
+        .store_at(SLOT, at(LEN), Size::U64, first);
     for part in 0..STACK / PART - 1 {
         // if (bpf_probe_read_user(slot + HEAD + first + part, PART, sp + first + part)) goto filled;
         // slot[LEN] += PART;
         let skipped = part * PART;
         asm.copy(R1, SLOT)
             .add(R1, immediate(8 * HEAD + skipped))
-            .add_register(R1, first_part)
+            .add_register(R1, first)
             .set(R2, immediate(PART))
             .copy(R3, sp)
             .add(R3, immediate(skipped))
-            .add_register(R3, first_part)
+            .add_register(R3, first)
             .call(Helper::ReadUser)
             .if_not(R0, 0, filled)
-            .copy(R1, first_part)
+            .copy(R1, first)
             .add(R1, immediate(skipped + PART))
             .store_at(SLOT, at(LEN), Size::U64, R1);
     }

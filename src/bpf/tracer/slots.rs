@@ -16,8 +16,8 @@ pub(super) const OPENED: usize = 1 << 8;
 /// The bytes of the stack that a sample has at most. A program that reads into a buffer on its stack has the return addresses behind that
 /// buffer.
 pub const STACK: usize = 16 << 10;
-/// Where the end of the stack is nearer, the program copies parts of this size.
-pub(super) const PART: usize = 1 << 10;
+/// The program copies a stack in parts that end at multiples of this: the smallest page.
+pub(super) const PART: usize = 1 << 12;
 
 /// The size of a slot in numbers of 64 bits.
 pub(super) const SLOT: usize = HEAD + STACK / 8;
