@@ -8,6 +8,20 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+__attribute__((noinline)) int value_of(char letter)
+{
+	return letter & 15;
+}
+
+// Leaves a return address on the stack, where the functions of the next read do not write.
+__attribute__((noinline)) int sum_of(const char *letters, long count)
+{
+	int sum = 0;
+	for (long at = 0; at < count; at++)
+		sum += value_of(letters[at]);
+	return sum;
+}
+
 __attribute__((noinline)) int read_to_end(int connection)
 {
 	// A caller's frame is behind this buffer.
@@ -15,7 +29,7 @@ __attribute__((noinline)) int read_to_end(int connection)
 	long count;
 	int total = 0;
 	while ((count = read(connection, buffer, sizeof buffer)) > 0) // the end is read here
-		total += count;
+		total += sum_of(buffer, count);
 	return total;
 }
 

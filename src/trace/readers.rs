@@ -82,6 +82,8 @@ struct Reader {
     id: ReaderId,
     /// `None` after the last question.
     questions: Option<SyncSender<Sample>>,
+    /// When that was.
+    closed: Instant,
     child: Child,
     /// Whether it was asked about an end that was read.
     has_read: bool,
@@ -157,6 +159,7 @@ impl Readers {
         let reader = Reader {
             id,
             questions: Some(questions),
+            closed: now,
             child,
             has_read: false,
             last_asked: now,
@@ -175,7 +178,7 @@ impl Readers {
     fn make_room(&mut self, opens: bool) {
         let is_late = |it: &Reader| match it.questions {
             Some(_) => it.owed > 0 && it.last_answer.elapsed() > LATE,
-            None => it.last_answer.max(it.last_asked).elapsed() > LATE,
+            None => it.last_answer.max(it.closed).elapsed() > LATE,
         };
         for (process, mut reader) in self.running.extract_if(|_, reader| is_late(reader)) {
             end(&mut reader.child);
@@ -190,6 +193,7 @@ impl Readers {
         let idle = open.min_by_key(|it| it.last_asked);
         if let Some(reader) = idle.filter(|reader| reader.last_asked.elapsed() > IDLE) {
             reader.questions = None;
+            reader.closed = Instant::now();
         }
     }
 

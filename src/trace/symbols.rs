@@ -23,8 +23,9 @@ const MAX_REMEMBERED: usize = 4096;
 const LAST_WAIT: Duration = Duration::from_secs(2);
 /// How often it is tried again then to give a sample to a reader.
 const PAUSE: Duration = Duration::from_millis(5);
-/// Samples that wait beside those in the queues of the readers: 16 MiB.
+/// Samples that wait beside those in the queues of the readers: 16 MiB, of a process 8.
 const MAX_WAITING: usize = 1024;
+const MAX_WAITING_OF_ONE: usize = MAX_WAITING / 2;
 
 /// The stacks that a reader has told, and what keeps them from telling more.
 #[derive(Debug, Default)]
@@ -65,13 +66,16 @@ pub struct Symbols {
 impl Symbols {
     /// Gives a sample to the reader for its process. Does not wait: if that one has too many, the sample waits, behind those that wait already.
     pub fn ask(&mut self, sample: Sample) {
-        let is_behind = self.waiting.iter().any(|it| it.process == sample.process);
-        let not_given = match is_behind {
-            true => Some(sample),
-            false => self.give(sample),
+        let waiting = self.waiting.iter();
+        let before = waiting.filter(|it| it.process == sample.process).count();
+        let not_given = match before {
+            0 => self.give(sample),
+            _ => Some(sample),
         };
         match not_given {
-            Some(sample) if self.waiting.len() < MAX_WAITING => self.waiting.push_back(sample),
+            Some(sample) if self.waiting.len() < MAX_WAITING && before < MAX_WAITING_OF_ONE => {
+                self.waiting.push_back(sample);
+            }
             Some(_) => self.missed += 1,
             None => {}
         }

@@ -226,12 +226,16 @@ fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfErr
     let none = asm.label();
     sample(&mut asm, &fields, maps, FOR_READ, none);
     // u64 read_slot = index + 1;
-    // The slot of the earlier read becomes free.
+    // The slot of the earlier read becomes free. It may be the same one, if cwkill has taken that sample.
     // mine[READ_SLOT] = read_slot;
     // return 0;
-    let (read_slot, freed) = (R9, asm.label());
+    let (read_slot, other, freed) = (R9, asm.label(), asm.label());
     asm.load_at(read_slot, R10, -INDEX, Size::U32)
-        .add(read_slot, 1);
+        .add(read_slot, 1)
+        .load_at(R1, MINE, at(READ_SLOT), Size::U64)
+        .if_differs(R1, read_slot, other)
+        .jump(freed)
+        .place(other);
     free_slot(&mut asm, maps, freed);
     asm.place(freed)
         .store_at(MINE, at(READ_SLOT), Size::U64, read_slot)

@@ -51,12 +51,13 @@ impl Rules {
                 Some(found.is_ok())
             })
         };
+        // framehop reads this section only where there is no other.
         let in_debug_frame = || {
             let frames = DebugFrame::new(self.debug_frame.as_ref()?, NativeEndian);
             let found = frames.fde_for_address(&bases, address, DebugFrame::cie_from_offset);
             Some(found.is_ok())
         };
-        in_eh_frame() == Some(true) || in_debug_frame() == Some(true)
+        in_eh_frame().or_else(in_debug_frame) == Some(true)
     }
 
     fn bases(&self) -> BaseAddresses {
@@ -78,44 +79,51 @@ impl Rules {
 }
 
 /// The longest instruction that calls, in bytes.
-pub const CALL: usize = 7;
+pub const LONGEST_CALL: usize = 7;
 
-/// Whether code ends with an instruction that calls.
-pub fn ends_with_call(code: &[u8; CALL]) -> bool {
-    if cfg!(target_arch = "aarch64") {
-        let [.., a, b, c, d] = *code;
-        let instruction = u32::from_le_bytes([a, b, c, d]);
-        // BL and BLR. Arm Architecture Reference Manual, C6.2.
-        return instruction >> 26 == 0b10_0101 || instruction & 0xffff_fc1f == 0xd63f_0000;
+/// An instruction that calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// What it calls is so far from its end.
+    Direct(i32),
+    /// By a register, or by memory.
+    Indirect,
+}
+
+/// The instruction at the end of this code, if it calls. Intel SDM, volume 2, CALL: E8 with a distance of 4 bytes, and FF /2 with a register, or
+/// with memory and a distance of no, 1 or 4 bytes.
+pub fn call_at_end(code: &[u8; LONGEST_CALL]) -> Option<Call> {
+    let [.., opcode, a, b, c, d] = *code;
+    if opcode == 0xe8 {
+        return Some(Call::Direct(i32::from_le_bytes([a, b, c, d])));
     }
-    // E8 with a distance of 4 bytes, and FF /2 with a register, or memory with a distance of no, 1 or 4 bytes. Intel SDM, volume 2, CALL.
-    let calls_through = |at: usize, kinds: &[u8]| {
-        let is_call = code[at] == 0xff && code[at + 1] >> 3 & 7 == 2;
-        is_call && kinds.contains(&(code[at + 1] >> 6))
+    let calls_through = |length: usize, kinds: &[u8]| {
+        let [opcode, how] = [0, 1].map(|at| code[LONGEST_CALL - length + at]);
+        opcode == 0xff && how >> 3 & 7 == 2 && kinds.contains(&(how >> 6))
     };
-    code[CALL - 5] == 0xe8
-        || calls_through(CALL - 2, &[0, 3])
-        || calls_through(CALL - 3, &[0, 1])
-        || calls_through(CALL - 4, &[1])
-        || calls_through(CALL - 6, &[0, 2])
-        || calls_through(CALL - 7, &[0, 2])
+    let is_indirect = calls_through(2, &[0, 3])
+        || calls_through(3, &[0, 1])
+        || calls_through(4, &[1])
+        || calls_through(6, &[0, 2])
+        || calls_through(7, &[0, 2]);
+    is_indirect.then_some(Call::Indirect)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[cfg(target_arch = "x86_64")]
     #[test]
     fn calls_are_known() {
         let code = |end: &[u8]| {
-            let mut code = [0x90; CALL];
-            code[CALL - end.len()..].copy_from_slice(end);
+            let mut code = [0x90; LONGEST_CALL];
+            code[LONGEST_CALL - end.len()..].copy_from_slice(end);
             code
         };
+        let direct = call_at_end(&code(&[0xe8, 0xfe, 0xff, 0xff, 0xff]));
+        assert_eq!(direct, Some(Call::Direct(-2)));
         for call in [
-            &[0xe8, 1, 0, 0, 0][..],
-            &[0xff, 0xd0],
+            &[0xff, 0xd0][..],
             &[0xff, 0x50, 8],
             &[0xff, 0x14, 0xc8],
             &[0xff, 0x15, 1, 2, 3, 4],
@@ -123,7 +131,7 @@ mod tests {
             // With R8 to R15, behind a prefix.
             &[0x41, 0xff, 0xd4],
         ] {
-            assert!(ends_with_call(&code(call)), "{call:x?}");
+            assert_eq!(call_at_end(&code(call)), Some(Call::Indirect), "{call:x?}");
         }
         for other in [
             &[0x0f, 0x05][..],
@@ -131,7 +139,7 @@ mod tests {
             &[0xe9, 1, 0, 0, 0],
             &[0xc3],
         ] {
-            assert!(!ends_with_call(&code(other)), "{other:x?}");
+            assert_eq!(call_at_end(&code(other)), None, "{other:x?}");
         }
     }
 }

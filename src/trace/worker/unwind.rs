@@ -1,6 +1,6 @@
 //! From registers and stack to the addresses of the calls.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use object::read::{ReadCache, ReadRef};
 use object::{Object, ObjectSection, ObjectSegment};
 
 use super::memory::{Code, CodeSource, Memory};
-use super::rules::{self, Bytes, Rules};
+use super::rules::{self, Bytes, Call, LONGEST_CALL, Rules};
 use crate::trace::protocol::Question;
 use crate::trace::stack::End;
 
@@ -26,6 +26,10 @@ const MAX_SECTION: u64 = 256 << 20;
 const NEAR: u64 = 8 << 20;
 /// Words of a stack in which a caller is looked for.
 const SEARCHED: usize = 256;
+/// The most bytes of a function without unwind information.
+const LONGEST_BARE: u64 = 4096;
+/// Addresses of which it is remembered whether they have unwind information.
+const MAX_KNOWN: usize = 1 << 16;
 /// Where a page ends is known by its lower bits. The smallest page has 4 KiB.
 const IN_PAGE: u64 = 0xfff;
 
@@ -36,6 +40,8 @@ pub struct Unwinder {
     /// The starts of the code that was added.
     added: HashSet<u64>,
     rules: Vec<Rules>,
+    /// What they say, by the address.
+    has_rule: HashMap<u64, bool>,
     /// Whether a file is not what it says.
     pub is_damaged: bool,
 }
@@ -47,6 +53,7 @@ impl Default for Unwinder {
             cache: CacheNative::new(),
             added: HashSet::new(),
             rules: Vec::new(),
+            has_rule: HashMap::new(),
             is_damaged: false,
         }
     }
@@ -72,12 +79,7 @@ impl Unwinder {
             word.map(|word| u64::from_ne_bytes(*word)).ok_or(())
         };
         let mut addresses = Vec::new();
-        let mut thread = Registers {
-            ip: input.ip,
-            sp: input.sp,
-            fp: input.fp,
-            lr: input.lr,
-        };
+        let mut thread = Registers::of(input);
         if let Some(caller) = self.caller_of_a_bare_function(input, memory) {
             addresses.push(input.ip);
             thread = caller;
@@ -107,30 +109,71 @@ impl Unwinder {
 
     /// If the innermost function has no unwind information, as those of musl: the registers in its nearest caller that has some, as far as the
     /// stack shows one. Callers between them are left out. Without such a one, the frame pointer is followed, as Go has it.
-    fn caller_of_a_bare_function(&self, input: &Question, memory: &Memory) -> Option<Registers> {
-        if self.has_rule(input.ip) {
+    ///
+    /// What a function has left on the stack before can look like a caller. So one that calls the bare function by its address comes first.
+    fn caller_of_a_bare_function(
+        &mut self,
+        input: &Question,
+        memory: &Memory,
+    ) -> Option<Registers> {
+        // On arm64 the place of a return address does not tell where the caller's frame begins.
+        if cfg!(target_arch = "aarch64") || self.has_rule(input.ip) {
             return None;
         }
         let (words, _) = input.stack.as_chunks::<8>();
-        let mut words = words.iter().map(|word| u64::from_ne_bytes(*word));
-        let mut words = (0_u64..).zip(words.by_ref().take(SEARCHED));
-        let is_return = |(_, word): &(u64, u64)| {
-            word.checked_sub(1).is_some_and(|it| self.has_rule(it)) && is_after_call(*word, memory)
+        let word = |at: usize| words.get(at).map(|word| u64::from_ne_bytes(*word));
+        // Behind a frame pointer stands the caller of the function that has it: the nearest one is before that.
+        let frame = input.fp.checked_sub(input.sp).map(|distance| distance / 8);
+        let frame = frame.and_then(|frame| usize::try_from(frame).ok());
+        let is_frame = |frame: &usize| {
+            let after = word(frame + 1).and_then(|word| call_before(word, memory));
+            after.is_some()
         };
-        let (at, word) = words.find(is_return)?;
+        let searched = frame.filter(is_frame).unwrap_or(SEARCHED).min(SEARCHED);
+        let mut bare = input.ip;
+        let mut found = None;
+        for at in 0..searched {
+            let word = word(at)?;
+            let Some(call) = call_before(word, memory) else {
+                continue;
+            };
+            if !self.has_rule(word - 1) {
+                bare = word;
+                continue;
+            }
+            let calls_it = match call {
+                Call::Direct(distance) => {
+                    let target = word.wrapping_add_signed(distance.into());
+                    (target..target.saturating_add(LONGEST_BARE)).contains(&bare)
+                }
+                Call::Indirect => false,
+            };
+            if calls_it {
+                found = Some((at, word));
+                break;
+            }
+            found = found.or(Some((at, word)));
+        }
+        let (at, word) = found?;
         Some(Registers {
             // In the call: the address after it may be of another function.
             ip: word - 1,
-            sp: input.sp.wrapping_add(8 * (at + 1)),
-            fp: input.fp,
-            lr: word,
+            sp: input.sp.wrapping_add(8 * (at as u64 + 1)),
+            ..Registers::of(input)
         })
     }
 
-    fn has_rule(&self, address: u64) -> bool {
+    fn has_rule(&mut self, address: u64) -> bool {
+        if let Some(known) = self.has_rule.get(&address) {
+            return *known;
+        }
         let mut rules = self.rules.iter();
         let rules = rules.find(|rules| rules.code.contains(&address));
-        rules.is_some_and(|rules| rules.has(address))
+        let has_rule = rules.is_some_and(|rules| rules.has(address));
+        if self.has_rule.len() < MAX_KNOWN {
+            self.has_rule.insert(address, has_rule);
+        }
+        has_rule
     }
 
     /// Reads the unwind information of the code at this address, if it has not been read.
@@ -173,6 +216,15 @@ struct Registers {
 }
 
 impl Registers {
+    fn of(input: &Question) -> Self {
+        Registers {
+            ip: input.ip,
+            sp: input.sp,
+            fp: input.fp,
+            lr: input.lr,
+        }
+    }
+
     #[cfg(target_arch = "aarch64")]
     fn of_framehop(self, memory: &Memory) -> UnwindRegsNative {
         let most = memory.end().max(self.sp);
@@ -186,20 +238,17 @@ impl Registers {
     }
 }
 
-/// Whether the instruction before this address is a call.
-fn is_after_call(address: u64, memory: &Memory) -> bool {
-    let is_call = || {
-        let code = memory.at(address)?;
-        let CodeSource::File(file) = &code.from else {
-            return None;
-        };
-        let at = (address - code.start + code.offset).checked_sub(rules::CALL as u64)?;
-        let mut bytes = [0; rules::CALL];
-        let module = memory.module(code, file)?;
-        module.file.read_exact_at(&mut bytes, at).ok()?;
-        Some(rules::ends_with_call(&bytes))
+/// The instruction before this address, if it is in a file and calls.
+fn call_before(address: u64, memory: &Memory) -> Option<Call> {
+    let code = memory.at(address)?;
+    let CodeSource::File(file) = &code.from else {
+        return None;
     };
-    is_call() == Some(true)
+    let at = (address - code.start + code.offset).checked_sub(LONGEST_CALL as u64)?;
+    let mut bytes = [0; LONGEST_CALL];
+    let module = memory.module(code, file)?;
+    module.file.read_exact_at(&mut bytes, at).ok()?;
+    rules::call_at_end(&bytes)
 }
 
 /// `None`: the file is not what it was when it was mapped.
