@@ -9,10 +9,11 @@
 //!
 //! A child process makes the walk, see [`walk`].
 
-use nix::errno::Errno;
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
 
 use super::KernelTypes;
 use super::walk::{self, End};

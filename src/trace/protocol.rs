@@ -9,20 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::problem::Problem;
 use super::stack::Stack;
-
-/// Registers and stack of a thread in a system call. In the pipe: the numbers and the length of the stack, each 8 bytes, and the stack.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Question {
-    pub ip: u64,
-    pub sp: u64,
-    pub fp: u64,
-    /// 0 on processors without a link register.
-    pub lr: u64,
-    /// See [`crate::bpf::tracer::Sample`].
-    pub is_own_call: bool,
-    /// What stands in memory from `sp` on.
-    pub stack: Vec<u8>,
-}
+use crate::bpf::tracer::Thread;
 
 /// The answer to a question, a line of JSON.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +47,8 @@ impl Answer {
     }
 }
 
-impl Question {
+/// A question. In the pipe: the numbers and the length of the stack, each 8 bytes, and the stack.
+impl Thread {
     /// # Errors
     /// As write(2).
     pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
@@ -90,7 +78,7 @@ impl Question {
         let mut stack = Vec::new();
         let read = from.by_ref().take(len).read_to_end(&mut stack)?;
         match read as u64 == len {
-            true => Ok(Some(Question {
+            true => Ok(Some(Thread {
                 ip,
                 sp,
                 fp,
@@ -127,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_question_is_read_as_it_was_written() {
-        let question = Question {
+        let question = Thread {
             ip: 1,
             sp: 2,
             fp: 3,
@@ -140,12 +128,12 @@ mod tests {
         question.write(&mut bytes).unwrap();
         let mut input = bytes.as_slice();
         for _ in 0..2 {
-            assert_eq!(Question::read(&mut input).unwrap(), Some(question.clone()));
+            assert_eq!(Thread::read(&mut input).unwrap(), Some(question.clone()));
         }
-        assert_eq!(Question::read(&mut input).unwrap(), None);
+        assert_eq!(Thread::read(&mut input).unwrap(), None);
         // Cut in its registers, and in its stack.
         for len in [1, 20, 52] {
-            assert!(Question::read(&mut &bytes[..len]).is_err(), "{len}");
+            assert!(Thread::read(&mut &bytes[..len]).is_err(), "{len}");
         }
     }
 }

@@ -11,7 +11,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use super::problem::Problem;
-use super::protocol::{Answer, LastWord, Question, read_line};
+use super::protocol::{Answer, LastWord, read_line};
 use crate::bpf::tracer::{Sample, Traced};
 
 /// Readers at a time. Each takes a process and a thread.
@@ -184,9 +184,7 @@ impl Readers {
             end(&mut reader.child);
             self.ended.push(reader.child);
             self.late.insert(reader.id);
-            if self.given_up.len() < MAX_GIVEN_UP {
-                self.given_up.insert(process);
-            }
+            give_up(&mut self.given_up, process);
         }
         let open = self.running.values_mut();
         let open = open.filter(|it| it.questions.is_some() && !(opens && it.has_read));
@@ -270,9 +268,7 @@ impl Readers {
         });
         let Some((restarts, owed)) = restarts.filter(|(restarts, _)| *restarts < MAX_RESTARTS)
         else {
-            if self.given_up.len() < MAX_GIVEN_UP {
-                self.given_up.insert(id.process);
-            }
+            give_up(&mut self.given_up, id.process);
             return Err((lost(waiting), Problem::Damaged));
         };
         let started = self.start(id.process, Some(sample), waiting);
@@ -341,6 +337,12 @@ impl Drop for Readers {
     }
 }
 
+fn give_up(given_up: &mut HashSet<Traced>, process: Traced) {
+    if given_up.len() < MAX_GIVEN_UP {
+        given_up.insert(process);
+    }
+}
+
 /// Ends a process that reads symbols. One that waits for a file system that hangs ends when that does.
 fn end(child: &mut Child) {
     let _ = child.kill();
@@ -358,15 +360,7 @@ fn ask_all(
 ) -> Report {
     let mut output = BufReader::new(output);
     for sample in first.into_iter().chain(waiting.iter()) {
-        let question = Question {
-            ip: sample.ip,
-            sp: sample.sp,
-            fp: sample.fp,
-            lr: sample.lr,
-            is_own_call: sample.is_own_call,
-            stack: sample.stack.clone(),
-        };
-        let written = question.write(&mut input).ok();
+        let written = sample.thread.write(&mut input).ok();
         let Some(answer) = written.and_then(|()| read_line(&mut output)) else {
             return Report::BrokeOff {
                 reader,

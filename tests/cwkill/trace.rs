@@ -232,6 +232,16 @@ fn has_lines(document: &Value, program: Leaky, count: usize, read: &str, caller:
     }
 }
 
+/// Asserts that the first frame of the program's own is this function, at the line with the comment.
+#[track_caller]
+fn has_own_frame(stack: &Value, program: Leaky, function: &str, comment: &str) {
+    let own = at(stack, "/first_own_frame");
+    let part = |name: &str| at(stack, &format!("/frames/{own}/{name}"));
+    assert_eq!(part("function"), function, "{stack:#}");
+    let line = program.line_of(comment).map(|line| line.to_string());
+    assert_eq!(Some(part("line")), line, "{stack:#}");
+}
+
 fn names_lines(program: Leaky, read: &str, caller: &str) -> Result<()> {
     let scene = Scene::start(program)?;
     let document = scene.leaks(3)?;
@@ -354,11 +364,7 @@ fn an_end_that_is_read_with_data_is_seen() -> Result<()> {
     let document = scene.traced(3, |_| scene.visit(b'D', 3))?;
     assert_eq!(at(&document, "/place_unknown"), "0", "{document:#}");
     let stack = &document["places"][0]["read"];
-    let own = at(stack, "/first_own_frame");
-    let part = |name: &str| at(stack, &format!("/frames/{own}/{name}"));
-    assert_eq!(part("function"), "once_handler", "{document:#}");
-    let line = Leaky::C.line_of("the end is read with data");
-    assert_eq!(Some(part("line")), line.map(|line| line.to_string()));
+    has_own_frame(stack, Leaky::C, "once_handler", "the end is read with data");
     Ok(())
 }
 
@@ -416,11 +422,8 @@ fn a_client_has_the_line_that_connects() -> Result<()> {
     let place = place.with_context(|| format!("no place: {document:#}"))?;
     assert_eq!(at(place, "/pid"), client.pid().to_string(), "{document:#}");
     assert_eq!(at(place, "/read"), "null", "{document:#}");
-    let own = at(place, "/opened_example/first_own_frame");
-    let part = |name: &str| at(place, &format!("/opened_example/frames/{own}/{name}"));
-    assert_eq!(part("function"), "open_connection", "{document:#}");
-    let line = Leaky::Connect.line_of("connected here");
-    assert_eq!(Some(part("line")), line.map(|line| line.to_string()));
+    let stack = &place["opened_example"];
+    has_own_frame(stack, Leaky::Connect, "open_connection", "connected here");
     Ok(())
 }
 

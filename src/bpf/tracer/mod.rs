@@ -22,7 +22,7 @@ use super::walk::{self, End};
 use super::{BpfError, NotSeen};
 use crate::sys::bpf::{Btf, Hook, Iterator, Name, Shared, SocketStorage, Tracepoint, Walker};
 use slots::{OPENED, READS, SLOT, Slots};
-pub use slots::{Sample, Traced};
+pub use slots::{Sample, Thread, Traced};
 
 /// The attached programs and their memory.
 #[derive(Debug)]

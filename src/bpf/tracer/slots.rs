@@ -74,19 +74,26 @@ pub struct Traced {
     pub started: u64,
 }
 
-/// Registers and stack of a thread in a system call.
+/// A thread that opens a connection or reads its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
     pub cookie: u64,
     /// Whether it opens the connection. Otherwise it reads the end.
     pub opens: bool,
     pub process: Traced,
+    pub thread: Thread,
+}
+
+/// Registers and stack of a thread in a system call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Thread {
     /// Whether the thread is in a system call that reads or opens sockets. With io_uring it may be in any other, whose stack has nothing to do
     /// with the socket.
     pub is_own_call: bool,
     pub ip: u64,
     pub sp: u64,
     pub fp: u64,
+    /// 0 on processors without a link register.
     pub lr: u64,
     /// What stands in memory from `sp` on.
     pub stack: Vec<u8>,
@@ -135,12 +142,14 @@ fn take(slot: &[AtomicU64], is_old: impl Fn(Duration) -> bool) -> Option<Sample>
             pid,
             started: number(STARTED),
         },
-        is_own_call: CALLS.contains(&number(CALL)),
-        ip: number(IP),
-        sp: number(SP),
-        fp: number(FP),
-        lr: number(LR),
-        stack,
+        thread: Thread {
+            is_own_call: CALLS.contains(&number(CALL)),
+            ip: number(IP),
+            sp: number(SP),
+            fp: number(FP),
+            lr: number(LR),
+            stack,
+        },
     };
     fence(Ordering::SeqCst);
     let freed = slot[OWNER].compare_exchange(owner, 0, Ordering::SeqCst, Ordering::Relaxed);
@@ -176,7 +185,7 @@ mod tests {
         let sample = take(&slot, |at| at == Duration::from_secs(2)).unwrap();
         assert_eq!((sample.cookie, sample.opens), (77, false));
         assert_eq!(sample.process.pid, 10);
-        assert_eq!(sample.stack, b"abcdefghijklmnop");
+        assert_eq!(sample.thread.stack, b"abcdefghijklmnop");
         assert_eq!(slot[OWNER].load(Ordering::Relaxed), 0);
         assert_eq!(take(&slot, |_| true), None);
     }

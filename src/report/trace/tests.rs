@@ -78,6 +78,17 @@ fn without_reads() -> Trace {
     })
 }
 
+fn text_of(trace: &Trace, found: &Places<'_>) -> String {
+    let style = text::Style {
+        columns: None,
+        color: false,
+        verbose: false,
+    };
+    let mut out = Vec::new();
+    text::write(trace, found, style, &mut out).unwrap();
+    String::from_utf8(out).unwrap()
+}
+
 #[test]
 fn what_a_trace_could_not_see_is_told() {
     let scan = scan();
@@ -94,14 +105,7 @@ fn what_a_trace_could_not_see_is_told() {
         let is_told = notes.iter().any(|note| note.contains(text));
         assert!(is_told, "{text}: {notes:?}");
     }
-    let style = text::Style {
-        columns: None,
-        color: false,
-        verbose: false,
-    };
-    let mut out = Vec::new();
-    text::write(&trace, &found, style, &mut out).unwrap();
-    let text = String::from_utf8(out).unwrap();
+    let text = text_of(&trace, &found);
     assert!(!text.contains("since"), "{text}");
 }
 
@@ -109,14 +113,7 @@ fn what_a_trace_could_not_see_is_told() {
 fn reads_that_are_not_seen_are_put_where_the_connections_were_opened() {
     let (scan, trace) = (scan(), without_reads());
     let found = places::find(&trace, &scan);
-    let style = text::Style {
-        columns: None,
-        color: false,
-        verbose: false,
-    };
-    let mut out = Vec::new();
-    text::write(&trace, &found, style, &mut out).unwrap();
-    let text = String::from_utf8(out).unwrap();
+    let text = text_of(&trace, &found);
     // The time depends on the clock.
     let timeless = text.lines().map(|line| match line.split_once(" since ") {
         Some((before, _)) => before,

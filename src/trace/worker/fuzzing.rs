@@ -18,8 +18,9 @@ use super::names::Names;
 use super::perf_map::{self, PerfMap};
 use super::unwind::Unwinder;
 use super::{MAX_FRAMES, TracedProcess, program};
+use crate::bpf::tracer::Thread;
 use crate::trace::origin::Origin;
-use crate::trace::protocol::{Answer, LastWord, Question, read_line, write_line};
+use crate::trace::protocol::{Answer, LastWord, read_line, write_line};
 use crate::trace::stack::{Frame, Stack};
 
 /// Any text, and lines that overlap: of those with the nearest start, the last one holds.
@@ -75,10 +76,10 @@ pub fn maps(data: &[u8]) {
 
 /// Whatever a process says is read or refused, and what is read is written as it was.
 pub fn protocol(data: &[u8]) {
-    if let Ok(Some(question)) = Question::read(&mut &*data) {
+    if let Ok(Some(question)) = Thread::read(&mut &*data) {
         let mut bytes = Vec::new();
         question.write(&mut bytes).expect("it is in memory");
-        let again = Question::read(&mut &*bytes).expect("it is whole");
+        let again = Thread::read(&mut &*bytes).expect("it is whole");
         assert_eq!(again.as_ref(), Some(&question));
     }
     same_again(read_line::<Answer>(&mut &*data));
@@ -201,7 +202,7 @@ impl Program {
         };
         let words = self.functions.iter().flat_map(|address| [*address, 0]);
         let words: Vec<u64> = words.collect();
-        let question = Question {
+        let question = Thread {
             ip: self.functions[0],
             sp: 0x7fff_0000_0000,
             fp: 0x7fff_0000_0100,

@@ -24,8 +24,9 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, UsageWho, getrusage, setrlimit
 
 use super::origin::Runtime;
 use super::problem::Problem;
-use super::protocol::{Answer, LastWord, Question, write_line};
+use super::protocol::{Answer, LastWord, write_line};
 use super::stack::{End, Frame, Stack};
+use crate::bpf::tracer::Thread;
 use crate::privileges::capabilities;
 use memory::{CodeSource, Memory};
 use module::{Root, open};
@@ -70,7 +71,7 @@ pub fn serve(pid: i32, started: u64) -> io::Result<()> {
     limit_time(begun);
     let mut traced = TracedProcess::open(pid, started);
     let (mut questions, mut answers) = (io::stdin().lock(), io::stdout().lock());
-    while let Some(question) = Question::read(&mut questions)? {
+    while let Some(question) = Thread::read(&mut questions)? {
         limit_time(begun);
         let answer = match &mut traced {
             Ok(traced) => traced.answer(&question),
@@ -157,7 +158,7 @@ impl TracedProcess {
         })
     }
 
-    fn answer(&mut self, question: &Question) -> Answer {
+    fn answer(&mut self, question: &Thread) -> Answer {
         let (number, stack) = match self.number(question) {
             Ok((number, stack)) => (Some(number), stack),
             Err(problem) => {
@@ -173,7 +174,7 @@ impl TracedProcess {
     }
 
     /// The number of the stack, and the stack if it is new.
-    fn number(&mut self, question: &Question) -> Result<(usize, Option<Stack>), Problem> {
+    fn number(&mut self, question: &Thread) -> Result<(usize, Option<Stack>), Problem> {
         if !question.is_own_call {
             return Err(Problem::Asynchronous);
         }

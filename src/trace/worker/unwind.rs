@@ -14,7 +14,7 @@ use object::{Object, ObjectSection, ObjectSegment};
 
 use super::memory::{Code, CodeSource, Memory};
 use super::rules::{self, Bytes, Call, LONGEST_CALL, Rules};
-use crate::trace::protocol::Question;
+use crate::bpf::tracer::Thread;
 use crate::trace::stack::End;
 
 /// A stack with more functions is cut.
@@ -61,7 +61,7 @@ impl Default for Unwinder {
 
 impl Unwinder {
     /// The addresses of the calls, the innermost first: where the thread is, and for each caller an address in its call.
-    pub fn unwind(&mut self, input: &Question, memory: &Memory) -> (Vec<u64>, End) {
+    pub fn unwind(&mut self, input: &Thread, memory: &Memory) -> (Vec<u64>, End) {
         self.add(input.ip, memory);
         self.add(input.lr, memory);
         // What looks like an address of code may be one. Files that the stack does not name are not read.
@@ -111,11 +111,7 @@ impl Unwinder {
     /// stack shows one. Callers between them are left out. Without such a one, the frame pointer is followed, as Go has it.
     ///
     /// What a function has left on the stack before can look like a caller. So one that calls the bare function by its address comes first.
-    fn caller_of_a_bare_function(
-        &mut self,
-        input: &Question,
-        memory: &Memory,
-    ) -> Option<Registers> {
+    fn caller_of_a_bare_function(&mut self, input: &Thread, memory: &Memory) -> Option<Registers> {
         // On arm64 the place of a return address does not tell where the caller's frame begins.
         if cfg!(target_arch = "aarch64") || self.has_rule(input.ip) {
             return None;
@@ -216,7 +212,7 @@ struct Registers {
 }
 
 impl Registers {
-    fn of(input: &Question) -> Self {
+    fn of(input: &Thread) -> Self {
         Registers {
             ip: input.ip,
             sp: input.sp,
