@@ -240,10 +240,15 @@ fn end_is_read(mut asm: Asm, btf: &Btf, maps: &Maps) -> Result<Vec<Insn>, BtfErr
     asm.place(freed)
         .store_at(MINE, at(READ_SLOT), Size::U64, read_slot)
         .jump(end);
-    // none: the earlier read stays. It was counted if it has no slot either.
+    // none: the earlier read was not where the thread got to know of the end, so it goes, too. If it had no slot either, it was counted.
+    let not_counted = asm.label();
     asm.place(none)
         .load_at(R1, R10, -IS_AGAIN, Size::U32)
-        .if_not(R1, 0, end);
+        .if_is(R1, 0, not_counted);
+    free_slot(&mut asm, maps, end);
+    asm.set(R1, 0)
+        .store_at(MINE, at(READ_SLOT), Size::U64, R1)
+        .place(not_counted);
     count(&mut asm, maps, NO_SLOT_COUNT);
     asm.place(end).go_on();
     Ok(asm.finish())
